@@ -1,0 +1,157 @@
+"""The loss of Baichuan 2: next-token cross-entropy and max-z, with the logits whole or in tiles."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch.nn.functional import cross_entropy
+
+IGNORE_INDEX = -100
+TILE_ELEMENTS = 2**26
+"""Logits that exist at once in the tiled loss: 256 MiB in float32."""
+
+
+def tile_rows(vocab_size: int) -> int:
+    """Positions whose logits exist at once in the tiled loss."""
+    return max(16, TILE_ELEMENTS // vocab_size)
+
+
+def causal_lm_loss(
+    logits: torch.Tensor,
+    labels: torch.Tensor,
+    *,
+    z_loss_weight: float = 0.0,
+    num_items_in_batch: torch.Tensor | int | None = None,
+) -> torch.Tensor:
+    """Cross-entropy of the next token plus ``z_loss_weight`` x mean(max_logit²).
+
+    The max-z term averages over every shifted position, ignored ones too, as the official code does
+    (Baichuan 2 report, section 2.5). With ``num_items_in_batch`` both terms are weighted by this batch's share
+    of the supervised tokens, so that gradient accumulation and several processes add up to one global mean.
+
+    Args:
+        logits: (batch, length, vocab_size), any float dtype; computed in float32.
+        labels: (batch, length), -100 where nothing is learned.
+        num_items_in_batch: supervised tokens of the whole optimisation step, all processes.
+
+    Returns:
+        A float32 scalar; zero (with a gradient) if no label is supervised.
+    """
+    shifted = logits[:, :-1].float()
+    targets = labels[:, 1:].to(logits.device)
+    total = cross_entropy(
+        shifted.reshape(-1, shifted.shape[-1]),
+        targets.reshape(-1),
+        ignore_index=IGNORE_INDEX,
+        reduction="sum",
+    )
+    scale, z_scale = _scales(targets, z_loss_weight, num_items_in_batch)
+    loss = total * scale
+    if z_loss_weight:
+        loss = loss + shifted.max(-1).values.pow(2).sum() * z_scale
+    return loss
+
+
+def tiled_causal_lm_loss(
+    hidden_states: torch.Tensor,
+    head_weight: torch.Tensor,
+    labels: torch.Tensor,
+    *,
+    z_loss_weight: float = 0.0,
+    num_items_in_batch: torch.Tensor | int | None = None,
+) -> torch.Tensor:
+    """`causal_lm_loss` of ``hidden_states @ head_weight.T`` that never holds more than a tile of logits.
+
+    Only positions that have a label are computed (all of them with max-z, which averages over all), and a
+    frozen head gets no gradient. The gradient is computed with the value, so a tile's logits are never
+    computed twice.
+
+    Args:
+        hidden_states: (batch, length, hidden_size).
+        head_weight: (vocab_size, hidden_size), normalised already if the head is.
+        labels: (batch, length), -100 where nothing is learned.
+        z_loss_weight: weight of the max-z term.
+        num_items_in_batch: supervised tokens of the whole optimisation step, all processes.
+
+    Returns:
+        A float32 scalar.
+    """
+    targets = labels[:, 1:].to(hidden_states.device)
+    scale, z_scale = _scales(targets, z_loss_weight, num_items_in_batch)
+    hidden = hidden_states[:, :-1]
+    if z_loss_weight:
+        hidden, targets = hidden.reshape(-1, hidden.shape[-1]), targets.reshape(-1)
+    else:
+        supervised = targets != IGNORE_INDEX
+        hidden, targets = hidden[supervised], targets[supervised]
+    return _TiledLoss.apply(hidden, head_weight, targets, scale, z_scale, bool(z_loss_weight))
+
+
+def _scales(
+    targets: torch.Tensor, z_loss_weight: float, num_items: torch.Tensor | int | None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """What the sums of cross-entropy and of max² are multiplied with, float32 scalars."""
+    supervised = (targets != IGNORE_INDEX).sum().clamp(min=1)
+    whole = supervised if num_items is None else torch.as_tensor(num_items, device=targets.device)
+    scale = 1.0 / whole.float()
+    return scale, z_loss_weight / max(1, targets.numel()) * supervised * scale
+
+
+class _TiledLoss(torch.autograd.Function):
+    """Sum over tiles of positions; keeps the gradient of the hidden states instead of the logits."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        hidden: torch.Tensor,
+        weight: torch.Tensor,
+        targets: torch.Tensor,
+        scale: torch.Tensor,
+        z_scale: torch.Tensor,
+        with_z: bool,
+    ) -> torch.Tensor:
+        # Gradients are kept without `scale`: divided by the tokens of a step they would vanish in float16.
+        z_ratio = z_scale / scale
+        needs_hidden, needs_weight = ctx.needs_input_grad[0], ctx.needs_input_grad[1]
+        loss = torch.zeros((), dtype=torch.float32, device=hidden.device)
+        hidden_grad = torch.zeros_like(hidden) if needs_hidden else None
+        weight_grad = torch.zeros_like(weight, dtype=torch.float32) if needs_weight else None
+        tile = tile_rows(weight.shape[0])
+        for start in range(0, hidden.shape[0], tile):
+            rows = hidden[start : start + tile].to(weight.dtype)
+            target = targets[start : start + tile]
+            logits = (rows @ weight.T).float()
+            learned = target != IGNORE_INDEX
+            index = target.clamp(min=0)[:, None]
+            log_sum = logits.logsumexp(-1)
+            chosen = logits.gather(1, index)[:, 0]
+            loss += ((log_sum - chosen) * learned).sum() * scale
+            if with_z:
+                top, where = logits.max(-1)
+                loss += top.pow(2).sum() * z_scale
+            if not (needs_hidden or needs_weight):
+                continue
+            counted = learned.float()[:, None]
+            grad = logits.sub_(log_sum[:, None]).exp_().mul_(counted)
+            grad.scatter_add_(1, index, -counted)
+            if with_z:
+                grad.scatter_add_(1, where[:, None], (2 * z_ratio * top)[:, None])
+            grad = grad.to(weight.dtype)
+            if hidden_grad is not None:
+                hidden_grad[start : start + tile] = (grad @ weight).to(hidden.dtype)
+            if weight_grad is not None:
+                weight_grad += (grad.T @ rows).float()
+        ctx.save_for_backward(hidden_grad, weight_grad, scale)
+        ctx.weight_dtype = weight.dtype
+        return loss
+
+    @staticmethod
+    def backward(ctx: Any, *outputs: torch.Tensor) -> tuple:
+        hidden_grad, weight_grad, scale = ctx.saved_tensors
+        factor = outputs[0].float() * scale
+        if hidden_grad is not None:
+            hidden_grad = (hidden_grad.float() * factor).to(hidden_grad.dtype)
+        if weight_grad is not None:
+            weight_grad = (weight_grad * factor).to(ctx.weight_dtype)
+        return hidden_grad, weight_grad, None, None, None, None
