@@ -1,0 +1,291 @@
+"""The command line: names, options and exit codes. What is done is done elsewhere.
+
+Exit codes: 0 done; 2 the user can fix it; 130 interrupted; 1 a bug.
+"""
+
+from __future__ import annotations
+
+import os
+import select
+import sys
+import traceback
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from typer.core import TyperGroup
+
+from finetune import __version__
+from finetune.errors import UserError
+
+_DEBUG = "--debug"
+_UsageError: Any = typer.BadParameter.__bases__[0]  # its home differs between versions of typer
+
+
+class _Group(TyperGroup):
+    """Turns what a command raises into a message and an exit code; takes --debug anywhere."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        end = args.index("--") if "--" in args else len(args)
+        ctx.meta[_DEBUG] = _DEBUG in args[:end]
+        return super().parse_args(ctx, [arg for arg in args[:end] if arg != _DEBUG] + args[end:])
+
+    def invoke(self, ctx: Any) -> Any:
+        debug = ctx.meta[_DEBUG]
+        try:
+            return super().invoke(ctx)
+        except (typer.Exit, typer.Abort, _UsageError):
+            raise
+        except UserError as error:
+            _say(error.exit_code, str(error), error if debug else None)
+            raise typer.Exit(error.exit_code) from error
+        except KeyboardInterrupt as error:
+            checkpoint = getattr(error, "checkpoint", None)
+            saved = f"; saved {checkpoint}, continue with --resume" if checkpoint else ""
+            _say(130, f"interrupted{saved}", error if debug else None, checkpoint=checkpoint)
+            raise typer.Exit(130) from error
+        except Exception as error:
+            if isinstance(error, BrokenPipeError) and _reader_left():
+                os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+                raise typer.Exit(0) from error
+            summary = f"{type(error).__name__}: {error}".rstrip(": ")
+            _say(
+                1,
+                f"{summary}\n  → this is a bug of the toolkit; please report it with the lines above",
+                error,
+            )
+            raise typer.Exit(1) from error
+
+
+def _reader_left() -> bool:
+    """Whether it is our output that nobody reads any more (head, less), not a pipe to a worker."""
+    try:
+        poll = select.poll()
+        poll.register(sys.stdout.fileno(), 0)
+    except (OSError, AttributeError):  # no file behind it; no poll on this system
+        return False
+    return any(events & select.POLLERR for _, events in poll.poll(0))
+
+
+def _say(code: int, message: str, error: BaseException | None, checkpoint: Path | str | None = None) -> None:
+    """Print a failure to stderr as it is, the traceback of `error` first where one is given."""
+    from finetune.stages import tell_outcome
+
+    if error is not None:
+        traceback.print_exception(error)
+    told = tell_outcome(code, message, str(checkpoint) if checkpoint else None)
+    if not told:
+        label = "error:" if code != 130 else "stopped:"
+        print(f"\033[1;31m{label}\033[0m" if sys.stderr.isatty() else label, message, file=sys.stderr)
+
+
+app = typer.Typer(
+    cls=_Group,
+    name="finetune",
+    help="Fine-tune Baichuan 2 by recipes: LoRA, QLoRA, P-Tuning, prefix tuning.",
+    epilog="Start with: finetune run recipes/qlora_medical.yaml model.base=baichuan2-nano",
+    add_completion=False,
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+
+class Quantization(StrEnum):
+    """How chat holds the base."""
+
+    none = "none"
+    int8 = "int8"
+    nf4 = "nf4"
+
+
+class Dtype(StrEnum):
+    """Precisions that weights are written in."""
+
+    bfloat16 = "bfloat16"
+    float16 = "float16"
+    float32 = "float32"
+
+
+RecipeFile = Annotated[
+    Path, typer.Argument(metavar="RECIPE", help="YAML file of a recipe or a pipeline of recipes")
+]
+Overrides = Annotated[
+    list[str] | None,
+    typer.Argument(metavar="KEY=VALUE", help="settings laid over the file, such as train.epochs=1"),
+]
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"finetune {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Show the version and exit.")
+    ] = False,
+    debug: Annotated[
+        bool, typer.Option(_DEBUG, help="Show tracebacks of all errors; may stand after the command too.")
+    ] = False,
+) -> None:
+    pass
+
+
+@app.command()
+def run(
+    recipe: RecipeFile,
+    overrides: Overrides = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Continue an interrupted run.")] = False,
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="Replace the run in the output folder.")
+    ] = False,
+    processes: Annotated[
+        int | None, typer.Option(min=1, help="Train in N processes, one GPU each.", metavar="N")
+    ] = None,
+) -> None:
+    """Run a recipe, or a pipeline of recipes."""
+    from finetune.stages import run_recipe
+
+    run_recipe(recipe, overrides or [], resume=resume, overwrite=overwrite, processes=processes)
+
+
+@app.command()
+def check(recipe: RecipeFile, overrides: Overrides = None) -> None:
+    """Everything short of training: recipe, data, token statistics, parameters, memory."""
+    from finetune.recipe import load_pipeline
+
+    recipes = load_pipeline(recipe, overrides or [])
+    from finetune.check import check as check_recipe
+
+    for each in recipes:
+        check_recipe(each)
+
+
+@app.command()
+def merge(
+    adapter: Annotated[Path, typer.Option(metavar="DIR", help="Adapter folder, such as runs/NAME/adapter.")],
+    output: Annotated[Path, typer.Option(metavar="DIR", help="Folder to write the merged model into.")],
+    base: Annotated[str | None, typer.Option(help="Base, if not the one that the adapter names.")] = None,
+    dtype: Annotated[Dtype | None, typer.Option(help="Precision to write, if not the base's own.")] = None,
+    max_shard_size: Annotated[str, typer.Option(metavar="SIZE", help="Largest weight file.")] = "5GB",
+) -> None:
+    """Merge an adapter into the weights of its base."""
+    from finetune.adapters import merge_adapter
+
+    folder = merge_adapter(
+        adapter,
+        output,
+        base=base,
+        dtype=dtype.value if dtype else None,
+        max_shard_size=max_shard_size,
+        progress=True,
+    )
+    typer.echo(f"merged model: {folder}")
+
+
+@app.command()
+def chat(
+    model: Annotated[str, typer.Option(help="Catalogue name, local folder or hub id.")],
+    adapter: Annotated[Path | None, typer.Option(metavar="DIR", help="Adapter to put on the model.")] = None,
+    prompt: Annotated[str | None, typer.Option(metavar="TEXT", help="Answer this once, and end.")] = None,
+    system: Annotated[str | None, typer.Option(metavar="TEXT", help="System message.")] = None,
+    greedy: Annotated[bool, typer.Option("--greedy", help="Always take the likeliest token.")] = False,
+    max_new_tokens: Annotated[int | None, typer.Option(min=1, metavar="N", help="Longest answer.")] = None,
+    temperature: Annotated[
+        float | None, typer.Option(min=0.0, help="Below 1 is steadier, above is wilder.")
+    ] = None,
+    top_k: Annotated[int | None, typer.Option(min=1, help="Choose among so many likeliest tokens.")] = None,
+    top_p: Annotated[
+        float | None, typer.Option(min=0.0, max=1.0, help="Choose among tokens up to this mass.")
+    ] = None,
+    repetition_penalty: Annotated[float | None, typer.Option(min=0.01, help="Above 1 repeats less.")] = None,
+    quantization: Annotated[
+        Quantization, typer.Option(help="Hold the base in 8 or 4 bits.")
+    ] = Quantization.none,
+) -> None:
+    """Talk with a model: interactive, or one answer with --prompt."""
+    from finetune.chat_command import chat as start_chat
+
+    start_chat(
+        model=model,
+        adapter=adapter,
+        prompt=prompt,
+        system=system,
+        greedy=greedy,
+        max_new_tokens=max_new_tokens,
+        temperature=temperature,
+        top_k=top_k,
+        top_p=top_p,
+        repetition_penalty=repetition_penalty,
+        quantization=quantization.value,
+    )
+
+
+@app.command()
+def report(run_dir: Annotated[Path, typer.Argument(metavar="RUN_DIR", help="Run folder.")]) -> None:
+    """Build report.html of a run, again if it is there."""
+    from finetune.report import build_report
+
+    typer.echo(f"report: {build_report(run_dir)}")
+
+
+@app.command()
+def catalog() -> None:
+    """List the bases that have names."""
+    from finetune.baichuan.catalog import CATALOG
+
+    headers = ["name", "size", "kind", "positions", "4-bit", "repository", "revision", "ModelScope", "note"]
+    rows = [
+        [
+            name,
+            entry.size,
+            entry.kind,
+            entry.position_embedding,
+            "yes" if entry.quantized else "",
+            entry.repo_id,
+            entry.revision,
+            entry.modelscope_id,
+            entry.note,
+        ]
+        for name, entry in CATALOG.items()
+    ]
+    _print_table(headers, [["" if cell is None else str(cell) for cell in row] for row in rows])
+
+
+@app.command()
+def doctor() -> None:
+    """Versions, devices, caches, and what is missing for what."""
+    from finetune.doctor import diagnose
+
+    if not diagnose():
+        raise typer.Exit(UserError.exit_code)
+
+
+def _print_table(headers: list[str], rows: list[list[str]]) -> None:
+    """A rich table on a terminal; aligned columns, easy to grep and cut, in a pipe or file."""
+    keep = [index for index in range(len(headers)) if any(row[index] for row in rows)]
+    headers, rows = [headers[i] for i in keep], [[row[i] for i in keep] for row in rows]
+    if sys.stdout.isatty():
+        from rich.box import SIMPLE_HEAD
+        from rich.console import Console
+        from rich.table import Table
+        from rich.text import Text
+
+        table = Table(*headers, box=SIMPLE_HEAD)
+        for row in rows:
+            table.add_row(*(Text(cell) for cell in row))
+        Console().print(table)
+        return
+    widths = [max(len(line[index]) for line in [headers, *rows]) for index in range(len(headers))]
+    for line in [headers, *rows]:
+        typer.echo("  ".join(cell.ljust(width) for cell, width in zip(line, widths)).rstrip())
+
+
+def main() -> None:
+    """Entry point of `finetune` and `python -m finetune`."""
+    app(prog_name="finetune")

@@ -1,0 +1,143 @@
+"""Settings that are fine each by itself and cannot work together: the reason, and what to do.
+
+What peft can do was read in its source (0.21): tuners/lora/layer.py, tuners/lora/dora.py,
+utils/loftq_utils.py, utils/integrations.py, peft_model.py.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from finetune.recipe.schema import Recipe
+
+Problem = tuple[str, str]
+"""(dotted key, reason and remedy)"""
+
+
+METHOD_KEYS: dict[str, tuple[str, ...]] = {
+    "lora": ("rank", "alpha", "dropout", "targets", "rslora", "dora", "init"),
+    "ptuning": ("num_virtual_tokens", "encoder", "encoder_hidden_size", "encoder_layers", "encoder_dropout"),
+    "prefix": ("num_virtual_tokens", "prefix_projection", "encoder_hidden_size"),
+}
+"""The keys of section adapter that each method reads, beside `method`."""
+
+
+def find(recipe: Recipe) -> list[Problem]:
+    """All combinations in the recipe that are not supported; none if it can run.
+
+    Args:
+        recipe: every setting already of the right type and in its range.
+    """
+    return [*_foreign_keys(recipe), *_lora(recipe), *_prompt_methods(recipe), *_training(recipe)]
+
+
+def _foreign_keys(recipe: Recipe) -> Iterator[Problem]:
+    """Keys of another adapter method: they would have no effect, which nobody who wrote them expects."""
+    method = recipe.adapter.method
+    for key in sorted(recipe.adapter.model_fields_set - {"method", *METHOD_KEYS[method]}):
+        owners = " and ".join(name for name, keys in METHOD_KEYS.items() if key in keys)
+        yield (
+            f"adapter.{key}",
+            f"belongs to method {owners} and has no effect with adapter.method {method}: remove it",
+        )
+
+
+def _lora(recipe: Recipe) -> Iterator[Problem]:
+    adapter, quantization = recipe.adapter, recipe.model.quantization
+    if adapter.method != "lora":
+        return
+    if quantization != "none":
+        if adapter.init.startswith("pissa"):
+            yield (
+                "adapter.init",
+                f"{adapter.init} takes singular vectors of full-precision weights, and model.quantization "
+                f"is {quantization}: set adapter.init to olora, which works on quantised weights, "
+                "or model.quantization to none",
+            )
+        if adapter.init == "loftq":
+            yield (
+                "adapter.init",
+                "loftq computes the error of quantising full-precision weights, and model.quantization "
+                f"{quantization} drops them: set model.quantization to none (loftq rounds to nf4 itself)",
+            )
+        if adapter.init == "orthogonal":
+            yield (
+                "adapter.init",
+                "orthogonal makes the adapter in the weights' own type, and model.quantization "
+                f"{quantization} stores integers, which cannot be trained: set adapter.init to default, "
+                "or model.quantization to none",
+            )
+    if adapter.init == "orthogonal" and adapter.rank % 2:
+        yield (
+            "adapter.rank",
+            f"adapter.init orthogonal needs an even rank, found {adapter.rank}: set it to {adapter.rank + 1}",
+        )
+    if adapter.dora and quantization == "int8":
+        yield (
+            "adapter.dora",
+            "DoRA unpacks the base weights at every step, and without a GPU peft loses the scales of int8 "
+            "weights in doing so: set model.quantization to nf4 or none, or adapter.dora to false",
+        )
+    if adapter.dora and (adapter.init.startswith("pissa") or adapter.init in ("olora", "loftq")):
+        yield (
+            "adapter.dora",
+            f"adapter.init {adapter.init} moves a part of the base weights into the adapter; to fit the "
+            "original base again it has to become plain LoRA, which DoRA's magnitudes do not survive: "
+            "set adapter.init to default, or adapter.dora to false",
+        )
+
+
+def _prompt_methods(recipe: Recipe) -> Iterator[Problem]:
+    adapter = recipe.adapter
+    if adapter.method == "lora":
+        return
+    if recipe.data.packing:
+        yield (
+            "data.packing",
+            f"adapter.method {adapter.method} puts trained vectors in front of a document, and a pack holds "
+            "several documents with one front: set data.packing to false",
+        )
+    if adapter.method == "prefix":
+        if recipe.train.gradient_checkpointing:
+            yield (
+                "train.gradient_checkpointing",
+                "adapter.method prefix lives in the key/value cache, which gradient checkpointing turns off: "
+                "set train.gradient_checkpointing to false (a smaller train.batch_size saves memory instead)",
+            )
+        if adapter.encoder_hidden_size is not None and not adapter.prefix_projection:
+            yield (
+                "adapter.encoder_hidden_size",
+                "sizes the network of adapter.prefix_projection, which is false: "
+                "set that to true, or remove this key",
+            )
+    if adapter.method == "ptuning" and adapter.encoder == "mlp":
+        for key, default in (("encoder_layers", 2), ("encoder_dropout", 0.0)):
+            if getattr(adapter, key) != default:
+                yield (
+                    f"adapter.{key}",
+                    "is read by adapter.encoder lstm only, the mlp has two hidden layers and no dropout: "
+                    "set adapter.encoder to lstm, or remove this key",
+                )
+
+
+def _training(recipe: Recipe) -> Iterator[Problem]:
+    data, train = recipe.data, recipe.train
+    if data.validation is not None and data.validation_share > 0:
+        yield (
+            "data.validation_share",
+            "data.validation names held-out data already: remove one of the two",
+        )
+    if train.eval_every is not None and data.validation is None and data.validation_share == 0:
+        yield (
+            "train.eval_every",
+            "there is nothing to evaluate on: set data.validation or data.validation_share, or remove this",
+        )
+    if train.schedule == "constant" and train.warmup_ratio > 0:
+        yield (
+            "train.warmup_ratio",
+            "train.schedule constant has no warm-up: set train.schedule to constant_with_warmup",
+        )
+    if recipe.stage == "pretrain" and data.system is not None:
+        yield "data.system", "stage pretrain learns raw text, which has no system message: remove this key"
