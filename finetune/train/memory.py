@@ -1,0 +1,194 @@
+"""How much memory a run will take, before it is run.
+
+A sum of parts that are each understood: frozen weights, adapter with gradient and optimiser state, saved
+activations, the loss, and workspace. Sizes in bytes throughout.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from finetune.recipe.schema import Recipe
+
+GIB = 2**30
+DTYPE_BYTES = {"bfloat16": 2, "float16": 2, "float32": 4}
+NF4_BYTES = 0.5 + (1 + 4 / 256) / 64
+"""A 4-bit weight, and its share of a block's 8-bit scale and the scale's own float32 scale."""
+
+OPTIMIZER_BYTES = {"adamw": 8, "adamw_8bit": 2, "paged_adamw": 0, "paged_adamw_8bit": 0}
+"""State of a trainable parameter on the device; paged state moves to host memory under pressure."""
+
+CONTEXT_BYTES = {"cuda": int(0.6 * GIB), "cpu": int(0.9 * GIB)}
+"""Before any tensor: CUDA context and libraries, or Python with torch and friends."""
+
+
+@dataclass(frozen=True)
+class MemoryPrediction:
+    """Predicted peak.
+
+    Attributes:
+        parts: name → bytes.
+        device_type: ``cuda`` or ``cpu``.
+    """
+
+    parts: dict[str, int]
+    device_type: str
+
+    @property
+    def total(self) -> int:
+        """The sum, in bytes."""
+        return sum(self.parts.values())
+
+    def __str__(self) -> str:
+        listed = ", ".join(
+            f"{name} {size / GIB:.2f}" for name, size in self.parts.items() if size > GIB / 200
+        )
+        return f"{self.total / GIB:.2f} GiB ({listed})"
+
+
+def predict_memory(
+    recipe: Recipe,
+    config: dict[str, Any],
+    trainable: int,
+    *,
+    device_type: str,
+    longest: int | None = None,
+) -> MemoryPrediction:
+    """Predict the peak memory of training.
+
+    Args:
+        recipe: the run.
+        config: the base's configuration as a dictionary.
+        trainable: number of trainable parameters.
+        device_type: ``cuda`` or ``cpu``.
+        longest: tokens of the longest row; None is data.max_length.
+    """
+    settings, train, adapter = recipe.model, recipe.train, recipe.adapter
+    hidden, wide = config["hidden_size"], config["intermediate_size"]
+    layers, vocab = config["num_hidden_layers"], config["vocab_size"]
+    width = 4 if device_type == "cpu" else DTYPE_BYTES[settings.dtype]
+    body = layers * (4 * hidden * hidden + 3 * hidden * wide)
+    per_weight = {"none": float(width), "int8": 1.0, "nf4": NF4_BYTES}[settings.quantization]
+
+    virtual = adapter.num_virtual_tokens if adapter.method != "lora" else 0
+    length = min(longest or recipe.data.max_length, recipe.data.max_length) + virtual
+    tokens = train.batch_size * length
+    layer = _layer_activations(
+        hidden, wide, width, lora=adapter.method == "lora", dropout=adapter.dropout > 0
+    )
+    if train.gradient_checkpointing:
+        activations = tokens * (layers * hidden * width + layer)
+    else:
+        activations = tokens * layers * layer
+    from finetune.baichuan.loss import tile_rows
+
+    tile = min(tokens, tile_rows(vocab))
+    loss = tile * vocab * (width + 2 * 4) + tokens * hidden * (width + 4)
+    dequantised = 0 if settings.quantization == "none" else 2 * hidden * max(wide, 3 * hidden) * width
+    parts = {
+        "weights": int(body * per_weight + 2 * vocab * hidden * width),
+        "adapter": trainable * 4,
+        "gradients": trainable * 4,
+        "optimizer": trainable * OPTIMIZER_BYTES[train.optimizer],
+        "activations": int(activations),
+        "loss": int(loss),
+        "workspace": int(dequantised + CONTEXT_BYTES[device_type]),
+    }
+    return MemoryPrediction(parts, device_type)
+
+
+def _layer_activations(hidden: int, wide: int, width: int, *, lora: bool, dropout: bool) -> int:
+    """Bytes that one layer saves for its backward pass, for each token.
+
+    Frozen matrices save nothing for themselves. Kept are: both norms' inputs and float32 copies, q, k, v, the
+    attention output, and gate, up, their activation and product; LoRA adds its inputs in float32, and once
+    more with dropout's scaling.
+    """
+    saved = (2 + 3 + 1 + 1) * hidden * width + 2 * 2 * hidden * 4 + 4 * wide * width
+    if lora:
+        inputs = 4 * hidden + wide
+        saved += inputs * 4 * (2 if dropout else 1)
+    return saved
+
+
+def suggestions(
+    recipe: Recipe, config: dict[str, Any], trainable: int, budget: int, *, longest: int | None = None
+) -> list[str]:
+    """Overrides that would make a run fit ``budget`` bytes of GPU memory, cheapest first.
+
+    The last one is a combination, if no single change is enough.
+    """
+    changes: list[tuple[str, dict[str, Any]]] = []
+    if recipe.train.batch_size > 1:
+        factor = recipe.train.gradient_accumulation * recipe.train.batch_size
+        changes.append(
+            (
+                f"train.batch_size=1 train.gradient_accumulation={factor}",
+                {"train": {"batch_size": 1, "gradient_accumulation": factor}},
+            )
+        )
+    if not recipe.train.gradient_checkpointing and recipe.adapter.method != "prefix":
+        changes.append(("train.gradient_checkpointing=true", {"train": {"gradient_checkpointing": True}}))
+    if recipe.data.max_length > 512:
+        shorter = recipe.data.max_length // 2
+        changes.append((f"data.max_length={shorter}", {"data": {"max_length": shorter}}))
+    if recipe.model.quantization != "nf4":
+        changes.append(("model.quantization=nf4", {"model": {"quantization": "nf4"}}))
+
+    def total(updates: list[dict[str, Any]]) -> int:
+        changed = recipe
+        for update in updates:
+            for section, values in update.items():
+                part = getattr(changed, section).model_copy(update=values)
+                changed = changed.model_copy(update={section: part})
+        return predict_memory(changed, config, trainable, device_type="cuda", longest=longest).total
+
+    found = []
+    for text, update in changes:
+        size = total([update])
+        if size <= budget:
+            found.append(f"{text} (predicted {size / GIB:.1f} GiB)")
+    if not found and changes:
+        size = total([update for _, update in changes])
+        found.append(f"{' '.join(text for text, _ in changes)} (predicted {size / GIB:.1f} GiB)")
+    return found
+
+
+def count_parameters(recipe: Recipe, config: dict[str, Any]) -> tuple[int, int]:
+    """Trainable and total parameters of a run, counted on a model without memory.
+
+    Returns:
+        (trainable, total), the total including the adapter.
+
+    Raises:
+        UserError: if adapter.targets names no matrix of the model.
+    """
+    import torch
+    from peft import get_peft_model
+
+    from finetune.adapters.build import adapter_config, check_targets
+    from finetune.baichuan.configuration import BaichuanConfig
+    from finetune.baichuan.load import Base
+    from finetune.baichuan.modeling import BaichuanForCausalLM
+
+    plain = {key: value for key, value in config.items() if key != "quantization_config"}
+    with torch.device("meta"):
+        model = BaichuanForCausalLM(BaichuanConfig.from_dict(plain))
+        model.requires_grad_(False)
+        settings = recipe.adapter
+        check_targets(model, settings)
+        if settings.method == "lora":
+            settings = settings.model_copy(update={"init": "default", "dora": False})
+        from pathlib import Path
+
+        base = Base(recipe.model.base, Path(), recipe.model.base)
+        model.name_or_path = base.identity
+        peft_config = adapter_config(settings, base)
+        peft_model: Any = get_peft_model(model, peft_config)
+    trainable = sum(p.numel() for p in peft_model.parameters() if p.requires_grad)
+    if recipe.adapter.method == "lora" and recipe.adapter.dora:
+        trainable += sum(m.out_features for n, m in model.named_modules() if n.endswith("base_layer"))
+    total = sum(p.numel() for p in model.parameters() if not p.requires_grad) + trainable
+    return trainable, total
