@@ -60,7 +60,8 @@ def nano_folder(name: str) -> Path:
 
 def _model_sources() -> list[Path]:
     here = Path(__file__).parent
-    return [here / file for file in ("attention.py", "chat.py", "modeling.py", "tokenization.py")]
+    names = ("attention", "chat", "documents", "head", "layers", "loss", "modeling", "tokenization")
+    return [here / f"{name}.py" for name in names]
 
 
 def ensure_nano(name: str) -> Path:
@@ -294,8 +295,9 @@ def _reproducible() -> Iterator[None]:
 
 @contextlib.contextmanager
 def _progress(title: str, total: int) -> Iterator[Any]:
-    """A progress bar on a terminal; a line at the start elsewhere."""
+    """A progress bar on a terminal; elsewhere a line at the start and at every fifth of the way."""
     import sys
+    import time
 
     from rich.console import Console
     from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
@@ -303,7 +305,16 @@ def _progress(title: str, total: int) -> Iterator[Any]:
     console = Console(stderr=True)
     if not sys.stderr.isatty():
         console.print(f"{title} …", markup=False, highlight=False)
-        yield lambda loss: None
+        begin, done = time.monotonic(), 0
+
+        def tell(loss: float) -> None:
+            nonlocal done
+            done += 1
+            if done % max(1, total // 5) == 0 and done < total:
+                left = (time.monotonic() - begin) / done * (total - done)
+                console.print(f"  {done / total:.0%}, about {left:.0f} s left", highlight=False)
+
+        yield tell
         return
     columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("loss {task.fields[loss]:.2f}"))
     with Progress(*columns, TimeRemainingColumn(), console=console, transient=True) as bar:

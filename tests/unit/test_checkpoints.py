@@ -189,7 +189,7 @@ def test_truncated_safetensors(folder: Path, kept: int) -> None:
     path.write_bytes(path.read_bytes()[:kept])
     message = refusal(folder)
     assert f"{path}: not a complete safetensors file" in message
-    assert "download it again" in message
+    assert "download or make it again" in message
 
 
 def test_safetensors_that_is_something_else(folder: Path) -> None:

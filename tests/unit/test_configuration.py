@@ -13,7 +13,7 @@ from tiny_model import tiny_config
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from finetune.baichuan import BaichuanConfig, BaichuanForCausalLM
-from finetune.baichuan.modeling import UnitRowHead
+from finetune.baichuan.head import UnitRowHead
 
 
 def official(shared: Path, size: str) -> dict[str, Any]:

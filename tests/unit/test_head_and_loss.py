@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -11,8 +12,8 @@ from tiny_model import HIDDEN, VOCAB_SIZE, tiny_model
 from transformers import AutoModelForCausalLM
 
 from finetune.baichuan import loss as loss_module
+from finetune.baichuan.head import UnitRowHead
 from finetune.baichuan.loss import causal_lm_loss, tiled_causal_lm_loss
-from finetune.baichuan.modeling import UnitRowHead
 
 IDS = torch.arange(1200, 1224).view(2, 12)
 
@@ -218,7 +219,7 @@ def test_model_loss_has_the_z_term_of_its_config() -> None:
 def test_tiles_give_the_loss_and_gradients_of_the_whole(
     monkeypatch: pytest.MonkeyPatch, z_loss_weight: float, num_items: int | None, tile: int
 ) -> None:
-    monkeypatch.setattr(loss_module, "TILE_ELEMENTS", tile * 300)
+    monkeypatch.setitem(loss_module.TILE_ELEMENTS, "cpu", tile * 300)
     labels = torch.randint(0, 300, (3, 30))
     labels[0, :20] = -100
     labels[2] = -100
@@ -237,6 +238,46 @@ def test_tiles_give_the_loss_and_gradients_of_the_whole(
 
     for tiled, whole in zip(gradients(True), gradients(False)):
         torch.testing.assert_close(tiled, whole, atol=1e-6, rtol=1e-4)
+
+
+def test_tiles_are_exact_for_a_target_that_was_all_but_impossible() -> None:
+    """Its probability, e^-200, is 0 in float32; the loss is not infinite."""
+    hidden, weight = torch.tensor([[[100.0], [100.0]]]), torch.tensor([[1.0], [-1.0], [0.5]])
+    labels = torch.tensor([[-100, 1]])
+    whole = causal_lm_loss(hidden @ weight.T, labels)
+    torch.testing.assert_close(tiled_causal_lm_loss(hidden, weight, labels), whole)
+    assert whole.item() == pytest.approx(200)
+
+
+@pytest.mark.parametrize("z_loss_weight", [0.0, 0.05])
+def test_tiles_in_bfloat16_are_as_good_as_the_whole(z_loss_weight: float) -> None:
+    """Judged by float32 over the same numbers."""
+    torch.manual_seed(0)
+    hidden, weight = torch.randn(2, 20, 64).bfloat16(), torch.randn(500, 64).bfloat16()
+    labels = torch.randint(0, 500, (2, 20))
+
+    def gradient(compute: Any, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
+        leaf = hidden.to(dtype).requires_grad_()
+        loss = compute(leaf, weight.to(dtype))
+        loss.backward()
+        return loss.detach().float(), leaf.grad.float()
+
+    def whole(states: torch.Tensor, head: torch.Tensor) -> torch.Tensor:
+        return causal_lm_loss(states @ head.T, labels, z_loss_weight=z_loss_weight)
+
+    def tiled(states: torch.Tensor, head: torch.Tensor) -> torch.Tensor:
+        return tiled_causal_lm_loss(states, head, labels, z_loss_weight=z_loss_weight)
+
+    exact = gradient(whole, torch.float32)
+    errors = [
+        [
+            float((got - right).norm() / right.norm())
+            for got, right in zip(gradient(how, torch.bfloat16), exact)
+        ]
+        for how in (tiled, whole)
+    ]
+    assert errors[0][0] < 1e-3
+    assert errors[0][1] < max(1.5 * errors[1][1], 5e-3)
 
 
 def test_tiles_without_a_label_cost_nothing_and_backpropagate() -> None:

@@ -1,0 +1,147 @@
+"""What a Baichuan decoder layer is made of, under the official parameter names."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import nn
+from transformers.activations import ACT2FN
+from transformers.cache_utils import Cache
+from transformers.integrations import use_kernel_forward_from_hub
+from transformers.modeling_layers import GradientCheckpointingLayer
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+from finetune.baichuan.attention import alibi_slopes, eager_attention, fold_alibi, rotate
+from finetune.baichuan.configuration import BaichuanConfig
+
+
+@use_kernel_forward_from_hub("RMSNorm")
+class BaichuanRMSNorm(nn.Module):
+    """Root-mean-square norm, computed in float32."""
+
+    def __init__(self, hidden_size: int, eps: float = 1e-6) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(hidden_size))
+        self.variance_epsilon = eps
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        dtype = hidden_states.dtype
+        hidden_states = hidden_states.float()
+        variance = hidden_states.pow(2).mean(-1, keepdim=True)
+        return self.weight * (hidden_states * torch.rsqrt(variance + self.variance_epsilon)).to(dtype)
+
+
+class BaichuanRotaryEmbedding(nn.Module):
+    """Cosines and sines of the rotary embedding, in float32."""
+
+    inv_freq: torch.Tensor
+
+    def __init__(self, config: BaichuanConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.register_buffer("inv_freq", self.frequencies(config), persistent=False)
+
+    @staticmethod
+    def frequencies(config: BaichuanConfig) -> torch.Tensor:
+        """Inverse frequencies, float32 of shape (head_dim / 2,)."""
+        dim = config.head_dim
+        return 1.0 / (config.rope_theta ** (torch.arange(0, dim, 2, dtype=torch.float32) / dim))
+
+    @torch.no_grad()
+    def forward(self, position_ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Cosines and sines of shape (batch, length, head_dim) for positions of shape (batch, length)."""
+        angles = position_ids[..., None].float() * self.inv_freq.float()
+        angles = torch.cat((angles, angles), dim=-1)
+        return angles.cos(), angles.sin()
+
+
+class BaichuanAlibi(nn.Module):
+    """Holds the slopes as a buffer, so that they survive creation on the meta device."""
+
+    slopes: torch.Tensor
+
+    def __init__(self, config: BaichuanConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.register_buffer("slopes", alibi_slopes(config.num_attention_heads), persistent=False)
+
+    def forward(self) -> torch.Tensor:
+        """Slopes, float32 of shape (heads,)."""
+        return self.slopes.float()
+
+
+class BaichuanMLP(nn.Module):
+    """SwiGLU feed-forward."""
+
+    def __init__(self, config: BaichuanConfig) -> None:
+        super().__init__()
+        self.gate_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
+        self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
+        self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
+        self.act_fn = ACT2FN[config.hidden_act]
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.down_proj(self.act_fn(self.gate_proj(x)) * self.up_proj(x))
+
+
+class BaichuanAttention(nn.Module):
+    """Self-attention with one packed projection for q, k and v."""
+
+    def __init__(self, config: BaichuanConfig, layer_idx: int) -> None:
+        super().__init__()
+        self.config = config
+        self.layer_idx = layer_idx
+        self.head_dim = config.head_dim
+        self.num_key_value_groups = 1
+        self.scaling = self.head_dim**-0.5
+        self.is_causal = True
+        self.W_pack = nn.Linear(config.hidden_size, 3 * config.hidden_size, bias=False)
+        self.o_proj = nn.Linear(config.hidden_size, config.hidden_size, bias=False)
+
+    def forward(
+        self,
+        hidden_states: torch.Tensor,
+        attention_mask: torch.Tensor | None = None,
+        rotary: tuple[torch.Tensor, torch.Tensor] | None = None,
+        slopes: torch.Tensor | None = None,
+        key_positions: torch.Tensor | None = None,
+        past_key_values: Cache | None = None,
+        **kwargs: Any,
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        batch, length, _ = hidden_states.shape
+        packed = self.W_pack(hidden_states).view(batch, length, 3, -1, self.head_dim)
+        query, key, value = packed.permute(2, 0, 3, 1, 4).unbind(0)
+
+        if rotary is not None:
+            query, key = rotate(query, key, *rotary)
+        if past_key_values is not None:
+            key, value = past_key_values.update(key, value, self.layer_idx)
+        if slopes is not None:
+            query, key, value = fold_alibi(query, key, value, slopes, self.scaling, key_positions)
+
+        attend: Callable = ALL_ATTENTION_FUNCTIONS.get_interface(
+            self.config._attn_implementation, eager_attention
+        )
+        output, weights = attend(
+            self, query, key, value, attention_mask, dropout=0.0, scaling=self.scaling, **kwargs
+        )
+        output = output[..., : self.head_dim].reshape(batch, length, -1)
+        return self.o_proj(output), weights
+
+
+class BaichuanDecoderLayer(GradientCheckpointingLayer):
+    """Attention and feed-forward, each behind a norm and around a residual."""
+
+    def __init__(self, config: BaichuanConfig, layer_idx: int) -> None:
+        super().__init__()
+        self.self_attn = BaichuanAttention(config, layer_idx)
+        self.mlp = BaichuanMLP(config)
+        self.input_layernorm = BaichuanRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.post_attention_layernorm = BaichuanRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+
+    def forward(self, hidden_states: torch.Tensor, **kwargs: Any) -> torch.Tensor:
+        attended, _ = self.self_attn(self.input_layernorm(hidden_states), **kwargs)
+        hidden_states = hidden_states + attended
+        return hidden_states + self.mlp(self.post_attention_layernorm(hidden_states))
