@@ -6,11 +6,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from finetune.baichuan.chat import IGNORE_INDEX
+
 if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedTokenizerBase
-
-IGNORE_INDEX = -100
 
 
 @dataclass(frozen=True)

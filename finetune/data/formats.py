@@ -92,7 +92,7 @@ class Layout:
         messages = _TO_MESSAGES[self.name](row.columns, self.columns)
         check_messages(messages)
         if messages[0]["role"] != "system":
-            front = _system_of(row.columns) or system
+            front = system_of(row.columns) or system
             if front:
                 messages = [{"role": "system", "content": front}, *messages]
         return Record(messages=messages, location=row.location)
@@ -202,12 +202,18 @@ def _check_stage(layout: Layout, stage: str, name: str) -> None:
         )
 
 
-def _from_turns(columns: Mapping[str, Any], names: tuple[str, ...]) -> list[Message]:
-    turns = _list_in(columns, names[0])
-    return [_to_message(turn, number) for number, turn in enumerate(turns, start=1)]
+def turns_in(columns: Mapping[str, Any], names: tuple[str, ...]) -> list[Message]:
+    """The messages listed in the first of the named columns."""
+    turns = list_in(columns, names[0])
+    return [to_message(turn, number) for number, turn in enumerate(turns, start=1)]
 
 
-def _to_message(turn: Any, number: int) -> Message:
+def to_message(turn: Any, number: int) -> Message:
+    """A turn of ShareGPT's or OpenAI's kind as a message; `number` is what to call it.
+
+    Raises:
+        RowError: it has no role or content, or an unknown role.
+    """
     if not isinstance(turn, dict):
         raise RowError(f"turn {number}: expected an object with role and content, found {turn!r:.40}")
     role = turn.get("role", turn.get("from"))
@@ -239,36 +245,37 @@ def _keys(turn: Mapping[str, Any]) -> str:
 
 
 def _from_alpaca(columns: Mapping[str, Any], names: tuple[str, ...]) -> list[Message]:
-    instruction, output = (_string_in(columns, name) for name in names)
+    instruction, output = (string_in(columns, name) for name in names)
     extra = columns.get("input")
     if extra is not None and not isinstance(extra, str):
         raise RowError(f"column 'input' is {kind_of(extra)}, expected a string")
     question = f"{instruction}\n{extra}" if extra and extra.strip() else instruction
-    return [*_history(columns), *_exchange(question, output)]
+    return [*history_of(columns), *_exchange(question, output)]
 
 
 def _from_pair(columns: Mapping[str, Any], names: tuple[str, ...]) -> list[Message]:
-    question, answer = (_string_in(columns, name) for name in names)
-    return [*_history(columns), *_exchange(question, answer)]
+    question, answer = (string_in(columns, name) for name in names)
+    return [*history_of(columns), *_exchange(question, answer)]
 
 
 def _exchange(question: str, answer: str) -> list[Message]:
     return [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
 
 
-def _history(columns: Mapping[str, Any]) -> list[Message]:
+def history_of(columns: Mapping[str, Any]) -> list[Message]:
     """Earlier rounds: [[question, answer], ...]."""
     if not columns.get("history"):
         return []
     messages: list[Message] = []
-    for number, pair in enumerate(_list_in(columns, "history"), start=1):
+    for number, pair in enumerate(list_in(columns, "history"), start=1):
         if not isinstance(pair, (list, tuple)) or len(pair) != 2:
             raise RowError(f"column 'history': round {number} is {pair!r:.40}, expected [question, answer]")
         messages += _exchange(*pair)
     return messages
 
 
-def _system_of(columns: Mapping[str, Any]) -> str | None:
+def system_of(columns: Mapping[str, Any]) -> str | None:
+    """The row's system message, None where there is none."""
     system = columns.get("system")
     if system is None or system == "":
         return None
@@ -276,13 +283,14 @@ def _system_of(columns: Mapping[str, Any]) -> str | None:
     return str(system)
 
 
-def _string_in(columns: Mapping[str, Any], name: str) -> str:
+def string_in(columns: Mapping[str, Any], name: str) -> str:
+    """A column's text, checked."""
     value = columns.get(name)
     check_text(value, name)
     return str(value)
 
 
-def _list_in(columns: Mapping[str, Any], name: str) -> list[Any]:
+def list_in(columns: Mapping[str, Any], name: str) -> list[Any]:
     """A column's list; in tables it may be written as JSON."""
     value = columns.get(name)
     if isinstance(value, str):
@@ -298,8 +306,8 @@ def _list_in(columns: Mapping[str, Any], name: str) -> list[Any]:
 
 
 _TO_MESSAGES = {
-    "sharegpt": _from_turns,
-    "messages": _from_turns,
+    "sharegpt": turns_in,
+    "messages": turns_in,
     "alpaca": _from_alpaca,
     "prompt_response": _from_pair,
 }

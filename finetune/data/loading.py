@@ -35,6 +35,22 @@ class SourceLike(Protocol):
         """Layout of its rows, or "auto"."""
 
 
+class FileLike(Protocol):
+    """A file that was read, as far as it is judged here."""
+
+    @property
+    def name(self) -> str:
+        """The file as messages call it."""
+
+    @property
+    def bad_rows(self) -> list[BadRow]:
+        """Rows that cannot be used."""
+
+    @property
+    def kept(self) -> int:
+        """Number of rows that can."""
+
+
 @dataclass
 class LoadedFile:
     """One file's records, and what was found wrong in it.
@@ -125,7 +141,7 @@ def refuse_bad_rows(bad_rows: Sequence[BadRow], rows: int) -> None:
     )
 
 
-def refuse_empty(files: Sequence[LoadedFile], *, split: str) -> None:
+def refuse_empty(files: Sequence[FileLike], *, split: str) -> None:
     """Stop where files were named and no row of them is left.
 
     Raises:

@@ -11,6 +11,7 @@ import numpy as np
 from finetune.data.cache import TokenCache
 from finetune.data.loading import LoadedFile, SourceLike, load_source, refuse_bad_rows, refuse_empty
 from finetune.data.mixing import held_out_digests, shuffled, weighted_indices
+from finetune.data.oddities import oddities
 from finetune.data.packing import pack_documents, packing_statistics
 from finetune.data.records import Record
 from finetune.data.report import DataReport, FileReport, SplitReport
@@ -61,6 +62,16 @@ class PreparedData:
     held_out: list[Record]
     report: DataReport
 
+    @property
+    def longest(self) -> int:
+        """Tokens of the longest training row."""
+        return max((len(ids) for ids in self.train["input_ids"]), default=0)
+
+    @property
+    def sequences(self) -> int:
+        """Rows that go through the model for each one that a batch counts."""
+        return 1
+
 
 def prepare(
     config: DataSettings,
@@ -90,30 +101,13 @@ def prepare(
             stop, or nothing is left.
     """
 
-    def load(sources: Sequence[SourceLike]) -> list[list[LoadedFile]]:
-        return [
-            load_source(source, stage=stage, system=config.system, max_rows=config.max_rows, resolve=resolve)
-            for source in sources
-        ]
-
-    loaded = {"train": load(config.train_sources()), "validation": load(config.validation_sources())}
+    loaded = read(config, stage=stage, resolve=resolve)  # refuses bad rows before the slow part
     files = {split: [file for source in sources for file in source] for split, sources in loaded.items()}
-
-    def judge() -> None:
-        every = files["train"] + files["validation"]
-        if config.on_bad_rows == "stop":
-            refuse_bad_rows(
-                [row for file in every for row in file.bad_rows], sum(file.rows for file in every)
-            )
-        for split, members in files.items():
-            refuse_empty(members, split=split)
-
-    judge()  # before the slow part
     train_sources, validation_sources = (
         [_tokenise(source, tokenizer, config, cache) for source in loaded[split]]
         for split in ("train", "validation")
     )
-    judge()  # now with the rows in which nothing is left to learn
+    _judge(files, config)  # now with the rows in which nothing is left to learn
     if config.validation_share > 0:
         _hold_out(train_sources, config.validation_share)
     for source in validation_sources:
@@ -137,9 +131,43 @@ def prepare(
         bad_rows=[row for members in files.values() for file in members for row in file.bad_rows],
         train=train_report,
         validation=validation_report,
+        odd_rows=[row for members in files.values() for file in members for row in oddities(file.records)],
         **_overlap(train, held_out),
     )
     return PreparedData(train_set, validation_set, held_out, report)
+
+
+def read(
+    config: DataSettings, *, stage: str, resolve: Callable[[str], str] = str
+) -> dict[str, list[list[LoadedFile]]]:
+    """The part of `prepare` that needs no tokenizer.
+
+    Returns:
+        Of "train" and "validation", the files of each source.
+
+    Raises:
+        UserError: as `prepare`.
+    """
+
+    def load(sources: Sequence[SourceLike]) -> list[list[LoadedFile]]:
+        return [
+            load_source(source, stage=stage, system=config.system, max_rows=config.max_rows, resolve=resolve)
+            for source in sources
+        ]
+
+    loaded = {"train": load(config.train_sources()), "validation": load(config.validation_sources())}
+    _judge(
+        {split: [file for source in sources for file in source] for split, sources in loaded.items()}, config
+    )
+    return loaded
+
+
+def _judge(files: dict[str, list[LoadedFile]], config: DataSettings) -> None:
+    every = [file for members in files.values() for file in members]
+    if config.on_bad_rows == "stop":
+        refuse_bad_rows([row for file in every for row in file.bad_rows], sum(file.rows for file in every))
+    for split, members in files.items():
+        refuse_empty(members, split=split)
 
 
 def _tokenise(
@@ -221,7 +249,7 @@ def _file_reports(split: str, sources: Sequence[TokenisedSource]) -> list[FileRe
     return reports
 
 
-def _overlap(train: Selection, held_out: Sequence[Record]) -> dict[str, int]:
+def _overlap(train: Selection, held_out: Sequence[Record]) -> dict[str, Any]:
     """How much of the validation set the model is trained on."""
     if not held_out:
         return {}

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from finetune.data.packing import PackingStatistics
@@ -68,6 +68,7 @@ class DataReport:
         max_length: tokens of a row.
         files: one entry a file, training files first.
         bad_rows: every row left out, with the reason.
+        odd_rows: rows that are kept and look wrong, with the reason.
         train: the training set.
         validation: the validation set, or None.
         leaked: validation rows whose content is also trained on.
@@ -83,6 +84,7 @@ class DataReport:
     validation: SplitReport | None
     leaked: int = 0
     shared_prompts: int = 0
+    odd_rows: list[BadRow] = field(default_factory=list)
 
     @property
     def warnings(self) -> list[str]:
@@ -91,6 +93,10 @@ class DataReport:
         if self.bad_rows:
             rows = sum(file.rows for file in self.files)
             found.append(f"{len(self.bad_rows):,} of {rows:,} data rows cannot be used and are left out")
+        if self.odd_rows:
+            found.append(
+                f"{len(self.odd_rows):,} data rows look odd and are kept: look at them before you trust the data"
+            )
         cut = self.train.tokens
         if cut.truncated_share > TRUNCATED_SHARE:
             found.append(
@@ -119,6 +125,7 @@ class DataReport:
             "max_length": self.max_length,
             "files": [_plain(file) for file in self.files],
             "bad_rows": [row.as_dict() for row in self.bad_rows],
+            "odd_rows": [row.as_dict() for row in self.odd_rows],
             "train": _plain(self.train),
             "validation": None if self.validation is None else _plain(self.validation),
             "leaked": self.leaked,

@@ -29,6 +29,7 @@ from concurrent.futures.process import BrokenProcessPool
 from itertools import islice
 from typing import TYPE_CHECKING, Any
 
+from finetune.baichuan.chat import IGNORE_INDEX
 from finetune.data.cache import TokenCache
 from finetune.data.progress import Advance, progress_bar
 from finetune.data.records import Record
@@ -39,7 +40,6 @@ if TYPE_CHECKING:
     from datasets import Dataset
     from transformers import PreTrainedTokenizerBase
 
-IGNORE_INDEX = -100
 CHUNK_RECORDS = 500
 PARALLEL_ROWS = 5000
 """Below this many records one process is done before others have started."""
@@ -116,16 +116,27 @@ def encode_text(tokenizer: PreTrainedTokenizerBase, text: str, *, max_length: in
     """One text and its EOS, every token learned, cut into rows of at most `max_length` tokens.
 
     Each row begins with the last token of the one before: so every token but the text's first is predicted,
-    once, although no row's first token is.
-    """
-    from finetune.baichuan.chat import encode_content
+    once, although no row's first token is. Virtual tokens stand in front of each row, and are not learned.
 
+    Raises:
+        UserError: the virtual tokens fill a row.
+    """
+    from finetune.baichuan.chat import encode_content, virtual_token_ids
+
+    virtual = virtual_token_ids(tokenizer)
+    room = max_length - len(virtual)
+    if room < 2:
+        raise UserError(
+            f"data.max_length: {max_length} leaves no room for text beside {len(virtual)} virtual tokens",
+            hint=f"raise it to {len(virtual) + 64} or more",
+        )
     ids = [token for block in _blocks(text) for token in encode_content(tokenizer, block)]
     ids.append(tokenizer.eos_token_id)
     rows = []
-    for start in range(0, max(len(ids) - 1, 1), max_length - 1):
-        piece = ids[start : start + max_length]
-        rows.append((piece, [IGNORE_INDEX, *piece[1:]], len(ids)))
+    for start in range(0, max(len(ids) - 1, 1), room - 1):
+        piece = ids[start : start + room]
+        labels = [IGNORE_INDEX] * (len(virtual) + 1) + piece[1:]
+        rows.append((virtual + piece, labels, len(virtual) + len(ids)))
     return rows
 
 
@@ -266,5 +277,6 @@ def _fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:
     backend = getattr(tokenizer, "backend_tokenizer", None)
     vocabulary = backend.to_str() if backend is not None else repr(sorted(tokenizer.get_vocab().items()))
     digest.update(vocabulary.encode())
-    digest.update(repr((chat.role_ids(tokenizer), tokenizer.eos_token_id)).encode())
+    special = (chat.role_ids(tokenizer), chat.virtual_token_ids(tokenizer), tokenizer.eos_token_id)
+    digest.update(repr(special).encode())
     return digest.hexdigest()

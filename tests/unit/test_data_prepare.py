@@ -247,7 +247,10 @@ def test_truncation_is_counted_and_warned_of(run: Any) -> None:
     assert (tokens.truncated, tokens.truncated_share) == (1, 0.5)
     assert tokens.max > 32
     assert tokens.total <= 64
-    assert "50.0% of the training conversations are cut to data.max_length 32" in data.report.warnings[0]
+    odd, cut = data.report.warnings  # an answer of one word fifty times
+    assert "1 data rows look odd" in odd
+    assert [(row.location.number, "repeats" in row.reason) for row in data.report.odd_rows] == [(2, True)]
+    assert "50.0% of the training conversations are cut to data.max_length 32" in cut
 
 
 @pytest.mark.parametrize(
