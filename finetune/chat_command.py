@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from finetune.errors import UserError
 
 if TYPE_CHECKING:
+    from finetune.baichuan.load import Base
     from finetune.baichuan.tokenization import BaichuanTokenizer
 
 HELP = "/new begins a new conversation, /exit (or Ctrl-D) ends"
@@ -28,22 +29,29 @@ def chat(
     top_k: int | None = None,
     top_p: float | None = None,
     repetition_penalty: float | None = None,
-    quantization: str = "none",
+    quantization: str | None = None,
 ) -> None:
     """Answer ``prompt`` on stdout, or converse until the end of input.
 
-    Sampling settings that are None are the model's own (generation_config.json).
+    Sampling settings that are None are the model's own (generation_config.json). ``quantization`` None holds
+    the base as the adapter was trained on it.
 
     Raises:
         UserError: the model or the adapter cannot be loaded, or the prompt is empty.
     """
     if prompt is not None and not prompt.strip():
         raise UserError("--prompt: is empty", hint="give a question, or leave --prompt out to converse")
-    from finetune.train.runner import quiet_libraries
+    from finetune.quiet import quiet_libraries
 
     quiet_libraries()
     with _memory_explained(model):
-        network, tokenizer = load(model, adapter, quantization=quantization)
+        held = quantization or trained_quantization(adapter)
+        if held != "none" and quantization is None:
+            print(
+                f"base held in {held}, as the adapter was trained (--quantization none for 16 bits)",
+                file=sys.stderr,
+            )
+        network, tokenizer = load(model, adapter, quantization=held)
         settings = generation_settings(
             network,
             greedy=greedy,
@@ -73,6 +81,16 @@ def _memory_explained(model: str) -> Iterator[None]:
         ) from error
 
 
+def trained_quantization(adapter: Path | None) -> str:
+    """How training held the base of an adapter; ``none`` where it is not known.
+
+    An adapter learns the quantisation's errors away, so on other weights it answers differently.
+    """
+    from finetune.adapters.training_note import read_training_note
+
+    return str(read_training_note(adapter).get("quantization", "none")) if adapter is not None else "none"
+
+
 def load(model: str, adapter: Path | None, *, quantization: str) -> tuple[Any, BaichuanTokenizer]:
     """The model, with its adapter if one is given, and the tokenizer."""
     from finetune.adapters.build import load_adapter
@@ -83,12 +101,28 @@ def load(model: str, adapter: Path | None, *, quantization: str) -> tuple[Any, B
         from finetune.adapters.build import check_adapter_folder
 
         check_adapter_folder(adapter)
-    base = resolve_base(model)
+    base = resolve_base(model, called="--model")
+    if adapter is not None:
+        _check_base(adapter, base)
     settings = Model(base=model, quantization=quantization)  # type: ignore[arg-type]
     network: Any = load_model(settings, base)
     if adapter is not None:
         network = load_adapter(network, adapter)
     return network.eval(), load_tokenizer(base.folder)
+
+
+def _check_base(adapter: Path, base: Base) -> None:
+    """Refuse an adapter on weights that its training did not see, if it recorded which those were."""
+    from finetune.adapters.base_identity import check_same_base
+    from finetune.adapters.training_note import read_training_note
+
+    note = read_training_note(adapter)
+    if note.get("base_fingerprint"):
+        try:
+            check_same_base(adapter, {}, note, base)
+        except UserError as error:
+            hint = f"use it on its own base: --model {note.get('base')}; a merged folder needs no adapter"
+            raise UserError(error.args[0], hint=hint) from error
 
 
 def generation_settings(

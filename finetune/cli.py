@@ -17,6 +17,7 @@ import typer
 from typer.core import TyperGroup
 
 from finetune import __version__
+from finetune.command_table import COMMANDS, load_command
 from finetune.errors import UserError
 
 _DEBUG = "--debug"
@@ -24,7 +25,16 @@ _UsageError: Any = typer.BadParameter.__bases__[0]  # its home differs between v
 
 
 class _Group(TyperGroup):
-    """Turns what a command raises into a message and an exit code; takes --debug anywhere."""
+    """Turns what a command raises into a message and an exit code; takes --debug anywhere.
+
+    Its commands are those below and, imported when they are needed, those of `COMMANDS`.
+    """
+
+    def list_commands(self, ctx: Any) -> list[str]:
+        return [*super().list_commands(ctx), *COMMANDS]
+
+    def get_command(self, ctx: Any, cmd_name: str) -> Any:
+        return load_command(cmd_name) if cmd_name in COMMANDS else super().get_command(ctx, cmd_name)
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
         end = args.index("--") if "--" in args else len(args)
@@ -109,6 +119,44 @@ class Dtype(StrEnum):
     float32 = "float32"
 
 
+class MergeFormat(StrEnum):
+    """Layouts that merge writes."""
+
+    baichuan = "baichuan"
+    llama = "llama"
+
+
+class Onto(StrEnum):
+    """Weights of the base that merge begins with."""
+
+    original = "original"
+    dequantized = "dequantized"
+
+
+class Combine(StrEnum):
+    """How merge combines several adapters."""
+
+    linear = "linear"
+    ties = "ties"
+    dare_linear = "dare_linear"
+    dare_ties = "dare_ties"
+
+
+class ExportFormat(StrEnum):
+    """What export writes."""
+
+    llama = "llama"
+    int8 = "int8"
+    nf4 = "nf4"
+
+
+class Layout(StrEnum):
+    """How q, k and v are held."""
+
+    PACKED = "packed"
+    SPLIT = "split"
+
+
 RecipeFile = Annotated[
     Path, typer.Argument(metavar="RECIPE", help="YAML file of a recipe or a pipeline of recipes")
 ]
@@ -155,37 +203,84 @@ def run(
 
 
 @app.command()
-def check(recipe: RecipeFile, overrides: Overrides = None) -> None:
-    """Everything short of training: recipe, data, token statistics, parameters, memory."""
+def check(
+    recipe: RecipeFile,
+    overrides: Overrides = None,
+    device: Annotated[
+        str | None,
+        typer.Option(metavar="CARD", help="Plan for a card: its name ('RTX 4090') or memory (24GiB)."),
+    ] = None,
+) -> None:
+    """Everything short of training: recipe, data, token statistics, parameters, memory, time."""
     from finetune.recipe import load_pipeline
 
     recipes = load_pipeline(recipe, overrides or [])
     from finetune.check import check as check_recipe
 
     for each in recipes:
-        check_recipe(each)
+        check_recipe(each, device=device)
 
 
 @app.command()
 def merge(
-    adapter: Annotated[Path, typer.Option(metavar="DIR", help="Adapter folder, such as runs/NAME/adapter.")],
+    adapter: Annotated[
+        list[Path], typer.Option(metavar="DIR", help="Adapter folder, such as runs/NAME/adapter; repeatable.")
+    ],
     output: Annotated[Path, typer.Option(metavar="DIR", help="Folder to write the merged model into.")],
     base: Annotated[str | None, typer.Option(help="Base, if not the one that the adapter names.")] = None,
+    force_base: Annotated[
+        bool, typer.Option("--force-base", help="Merge even if the base may be another one than trained on.")
+    ] = False,
+    format: Annotated[
+        MergeFormat, typer.Option(help="Baichuan's layout, or a stock Llama model (RoPE only).")
+    ] = MergeFormat.baichuan,
+    onto: Annotated[
+        Onto | None,
+        typer.Option(help="Original weights, or those that training on a quantised base computed with."),
+    ] = None,
     dtype: Annotated[Dtype | None, typer.Option(help="Precision to write, if not the base's own.")] = None,
     max_shard_size: Annotated[str, typer.Option(metavar="SIZE", help="Largest weight file.")] = "5GB",
+    weights: Annotated[
+        str | None, typer.Option(metavar="W,W", help="Factors of several adapters, such as 0.7,0.3.")
+    ] = None,
+    combine: Annotated[Combine, typer.Option(help="How several adapters are combined.")] = Combine.linear,
+    density: Annotated[float, typer.Option(help="Share of values that TIES and DARE keep.")] = 0.5,
+    seed: Annotated[int, typer.Option(help="Of DARE's random choice.")] = 0,
+    verify: Annotated[
+        bool | None,
+        typer.Option("--verify/--no-verify", help="Compare with base and adapter; done if memory allows."),
+    ] = None,
 ) -> None:
-    """Merge an adapter into the weights of its base."""
-    from finetune.adapters import merge_adapter
+    """Merge an adapter, or several, into the weights of their base."""
+    from finetune.quiet import quiet_libraries
+
+    quiet_libraries()
+    from finetune.adapters.combine import parse_weights
+    from finetune.adapters.merge import merge_adapter, merge_summary
 
     folder = merge_adapter(
         adapter,
         output,
         base=base,
+        force_base=force_base,
+        weights=None if weights is None else parse_weights(weights),
+        combine=combine.value,
+        density=density,
+        seed=seed,
+        onto=onto.value if onto else None,
+        format=format.value,
         dtype=dtype.value if dtype else None,
         max_shard_size=max_shard_size,
+        verify=verify,
         progress=True,
     )
-    typer.echo(f"merged model: {folder}")
+    lines, table = merge_summary(folder)
+    if table:
+        from finetune.terminal import print_table
+
+        print_table(table[0], table[1:])
+    for line in [*lines, f"merged model: {folder}"]:
+        typer.echo(line)
 
 
 @app.command()
@@ -205,8 +300,9 @@ def chat(
     ] = None,
     repetition_penalty: Annotated[float | None, typer.Option(min=0.01, help="Above 1 repeats less.")] = None,
     quantization: Annotated[
-        Quantization, typer.Option(help="Hold the base in 8 or 4 bits.")
-    ] = Quantization.none,
+        Quantization | None,
+        typer.Option(help="How to hold the base, if not as the adapter was trained on it."),
+    ] = None,
 ) -> None:
     """Talk with a model: interactive, or one answer with --prompt."""
     from finetune.chat_command import chat as start_chat
@@ -222,7 +318,7 @@ def chat(
         top_k=top_k,
         top_p=top_p,
         repetition_penalty=repetition_penalty,
-        quantization=quantization.value,
+        quantization=quantization.value if quantization else None,
     )
 
 
@@ -239,22 +335,14 @@ def catalog() -> None:
     """List the bases that have names."""
     from finetune.baichuan.catalog import CATALOG
 
-    headers = ["name", "size", "kind", "positions", "4-bit", "repository", "revision", "ModelScope", "note"]
-    rows = [
-        [
-            name,
-            entry.size,
-            entry.kind,
-            entry.position_embedding,
-            "yes" if entry.quantized else "",
-            entry.repo_id,
-            entry.revision,
-            entry.modelscope_id,
-            entry.note,
-        ]
-        for name, entry in CATALOG.items()
-    ]
-    _print_table(headers, [["" if cell is None else str(cell) for cell in row] for row in rows])
+    headers = ["name", "positions", "on the hub and ModelScope", "note"]
+    rows = []
+    for name, entry in CATALOG.items():
+        revision = f"@{entry.revision}" if entry.revision else ""
+        rows.append([name, entry.position_embedding, f"{entry.repo_id or ''}{revision}", entry.note])
+    from finetune.terminal import print_table
+
+    print_table(headers, rows)
 
 
 @app.command()
@@ -266,24 +354,46 @@ def doctor() -> None:
         raise typer.Exit(UserError.exit_code)
 
 
-def _print_table(headers: list[str], rows: list[list[str]]) -> None:
-    """A rich table on a terminal; aligned columns, easy to grep and cut, in a pipe or file."""
-    keep = [index for index in range(len(headers)) if any(row[index] for row in rows)]
-    headers, rows = [headers[i] for i in keep], [[row[i] for i in keep] for row in rows]
-    if sys.stdout.isatty():
-        from rich.box import SIMPLE_HEAD
-        from rich.console import Console
-        from rich.table import Table
-        from rich.text import Text
+@app.command()
+def export(
+    model: Annotated[str, typer.Option(help="Catalogue name, local folder or hub id.")],
+    output: Annotated[Path, typer.Option(metavar="DIR", help="Folder to write.")],
+    format: Annotated[
+        ExportFormat, typer.Option(help="A stock Llama model (RoPE only), or quantised by bitsandbytes.")
+    ],
+    dtype: Annotated[Dtype | None, typer.Option(help="Precision to write, if not the model's own.")] = None,
+    max_shard_size: Annotated[str, typer.Option(metavar="SIZE", help="Largest weight file.")] = "5GB",
+) -> None:
+    """Write a model for other software to load."""
+    from finetune.export import export_model
 
-        table = Table(*headers, box=SIMPLE_HEAD)
-        for row in rows:
-            table.add_row(*(Text(cell) for cell in row))
-        Console().print(table)
-        return
-    widths = [max(len(line[index]) for line in [headers, *rows]) for index in range(len(headers))]
-    for line in [headers, *rows]:
-        typer.echo("  ".join(cell.ljust(width) for cell, width in zip(line, widths)).rstrip())
+    done = export_model(
+        model,
+        output,
+        format=format.value,
+        dtype=dtype.value if dtype else None,
+        max_shard_size=max_shard_size,
+        progress=True,
+    )
+    typer.echo(f"exported model: {done.folder} ({done.summary()})")
+
+
+@app.command("convert-adapter")
+def convert_adapter(
+    adapter: Annotated[Path, typer.Option(metavar="DIR", help="LoRA adapter folder.")],
+    to: Annotated[Layout, typer.Option(help="LoRA on W_pack, or on q_proj, k_proj and v_proj.")],
+    output: Annotated[Path, typer.Option(metavar="DIR", help="Folder to write.")],
+    rank: Annotated[
+        int | None, typer.Option(min=1, metavar="N", help="Reduce packed ranks above this one.")
+    ] = None,
+) -> None:
+    """Convert LoRA between W_pack (Baichuan) and q, k, v (Llama)."""
+    from finetune.adapters import convert_adapter as convert
+
+    done = convert(adapter, output, to=to.value, rank=rank)
+    typer.echo(f"converted adapter: {done.folder} ({done.summary()})")
+    if to is Layout.SPLIT:
+        typer.echo("It fits the base as exported with `finetune export --format llama`.")
 
 
 def main() -> None:

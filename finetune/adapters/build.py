@@ -32,6 +32,15 @@ def adapter_config(settings: Adapter, base: Base) -> PeftConfig:
     }
     if settings.method == "lora":
         return _lora_config(settings, common)
+    if settings.method == "ptuning" and settings.encoder == "none":
+        from peft import PromptTuningConfig, PromptTuningInit
+
+        # peft's own default starts from vectors that are many times longer than any token's.
+        return PromptTuningConfig(
+            num_virtual_tokens=settings.num_virtual_tokens,
+            prompt_tuning_init=PromptTuningInit.SAMPLE_VOCAB,
+            **common,
+        )
     if settings.method == "ptuning":
         from peft import PromptEncoderConfig
 
@@ -149,9 +158,12 @@ def save_adapter(model: PeftModel, folder: Path, *, initial: Path | None = None)
     import shutil
     import tempfile
 
+    from finetune.files import give_usual_modes
+
     # The embeddings are never trained; without saying so, peft asks the hub about the base.
     if initial is None:
-        model.save_pretrained(folder, save_embedding_layers=False)
+        model.save_pretrained(folder, save_embedding_layers=False, selected_adapters=["default"])
+        give_usual_modes(folder)
         return
     with tempfile.TemporaryDirectory() as temporary:  # peft writes into the folder it reads
         copy = Path(temporary) / initial.name
@@ -159,10 +171,19 @@ def save_adapter(model: PeftModel, folder: Path, *, initial: Path | None = None)
         model.save_pretrained(
             folder, save_embedding_layers=False, path_initial_model_for_weight_conversion=str(copy)
         )
+    give_usual_modes(folder)
 
 
-def load_adapter(model: BaichuanForCausalLM, folder: Path | str, *, trainable: bool = False) -> PeftModel:
+def load_adapter(
+    model: BaichuanForCausalLM, folder: Path | str, *, trainable: bool = False, name: str = "default"
+) -> PeftModel:
     """Put a saved adapter on a base.
+
+    Args:
+        model: the base.
+        folder: with adapter_config.json and adapter_model.safetensors.
+        trainable: whether its parameters can be trained on.
+        name: to give it in the model.
 
     Raises:
         UserError: if the folder is no adapter, is damaged, or belongs to a model of another shape.
@@ -184,13 +205,31 @@ def load_adapter(model: BaichuanForCausalLM, folder: Path | str, *, trainable: b
                 f"{folder}: this adapter does not fit the base: {key} is {config[key]}, the base's is {expected}",
                 hint=hint,
             )
+    _check_modules(folder, model)
     try:
-        return PeftModel.from_pretrained(model, str(folder), is_trainable=trainable)
+        return PeftModel.from_pretrained(model, str(folder), adapter_name=name, is_trainable=trainable)
     except (RuntimeError, ValueError, KeyError, TypeError) as error:
         reason = str(error).strip().splitlines()
         raise UserError(
             f"{folder}: this adapter does not fit the base: {' '.join(reason[:2])[:300]}", hint=hint
         ) from error
+
+
+def _check_modules(folder: Path, model: BaichuanForCausalLM) -> None:
+    """Refuse LoRA on matrices that the model does not have: peft leaves them out without a word."""
+    from safetensors import safe_open
+
+    modules = {name for name, _ in model.named_modules()}
+    with safe_open(folder / "adapter_model.safetensors", "pt") as file:
+        keys = [key.removeprefix("base_model.model.") for key in file.keys()]  # noqa: SIM118
+    names = {key.partition(".lora_")[0] for key in keys if ".lora_" in key}
+    if unknown := sorted(names - modules):
+        packed = any(name.endswith(("q_proj", "k_proj", "v_proj")) for name in unknown)
+        hint = "Baichuan packs q, k and v: turn the adapter with `finetune convert-adapter --to packed`"
+        raise UserError(
+            f"{folder}: changes {unknown[0]}, which this model does not have",
+            hint=hint if packed else "the adapter was trained on another model",
+        )
 
 
 def check_adapter_folder(folder: Path) -> dict[str, Any]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 from finetune.baichuan.nano import NANO_MODELS
 
@@ -80,10 +81,30 @@ def _entries() -> list[CatalogEntry]:
                 "nano",
                 encoding,
                 "chat",
-                note="built here in under two minutes, needs no download",
+                note="built here in a few minutes, needs no download",
             )
         )
     return entries
+
+
+_13B = {"hidden_size": 5120, "intermediate_size": 13_696, "num_hidden_layers": 40, "num_attention_heads": 40}
+
+
+def known_config(name: str) -> dict[str, Any] | None:
+    """The configuration of a 7B or 13B base in the catalogue, without its files; None for any other name."""
+    from finetune.baichuan.configuration import BaichuanConfig
+
+    entry = CATALOG.get(name)
+    if entry is None or entry.size not in ("7b", "13b"):
+        return None
+    first = not name.startswith("baichuan2")
+    config = BaichuanConfig(
+        vocab_size=64_000 if first else 125_696,
+        norm_head=not first,
+        position_embedding=entry.position_embedding,  # type: ignore[arg-type]
+        **(_13B if entry.size == "13b" else {}),  # type: ignore[arg-type]
+    )
+    return config.to_dict()
 
 
 CATALOG: dict[str, CatalogEntry] = {entry.name: entry for entry in _entries()}

@@ -5,6 +5,10 @@ tokens at the very front; a user turn starts with id 195, an assistant turn with
 between turns. First-generation Chat models use the same two ids under other names, so nothing here looks at
 how the role pieces are spelled.
 
+A model that a P-Tuning adapter was merged into has its trained vectors in the embedding rows of a few reserved
+pieces (``virtual_token_ids`` in ``tokenizer_config.json``). They stand in front of everything, the system
+message included, as the vectors stood in training.
+
 The official encoder turns a literal ``<reserved_107>`` in a user's text into the assistant's role. Everything
 here encodes content with :func:`encode_content`, which cannot.
 
@@ -44,15 +48,20 @@ class RoleIds(NamedTuple):
 
 def role_ids(tokenizer: PreTrainedTokenizerBase) -> RoleIds:
     """The role ids of a tokenizer: its own, those its ``tokenizer_config.json`` carries, or 195 and 196."""
-
-    def find(name: str, default: int) -> int:
-        own = getattr(tokenizer, name, None)
-        return own if own is not None else tokenizer.init_kwargs.get(name, default)
-
     return RoleIds(
-        find("user_token_id", USER_TOKEN_ID),
-        find("assistant_token_id", ASSISTANT_TOKEN_ID),
+        _setting(tokenizer, "user_token_id", USER_TOKEN_ID),
+        _setting(tokenizer, "assistant_token_id", ASSISTANT_TOKEN_ID),
     )
+
+
+def virtual_token_ids(tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """Ids that stand in front of every conversation and text; none unless P-Tuning was merged in."""
+    return list(_setting(tokenizer, "virtual_token_ids", ()))
+
+
+def _setting(tokenizer: PreTrainedTokenizerBase, name: str, default: Any) -> Any:
+    own = getattr(tokenizer, name, None)
+    return own if own is not None else tokenizer.init_kwargs.get(name, default)
 
 
 # --- content ------------------------------------------------------------------------------------------------
@@ -200,7 +209,7 @@ def encode_conversation(
         append_eos: close an assistant's last turn with EOS (1 in the mask); false where it is continued.
     """
     system, turns = split_system(messages)
-    ids = encode_content(tokenizer, system) if system is not None else []
+    ids = virtual_token_ids(tokenizer) + (encode_content(tokenizer, system) if system is not None else [])
     mask = [0] * len(ids)
     turn_ids, turn_mask = encode_turns(tokenizer, turns)
     ids, mask = ids + turn_ids, mask + turn_mask
@@ -222,7 +231,8 @@ def build_prompt(
     A round is a user turn with the answer to it. When the history is too long, whole rounds are dropped from
     the left; the newest is always kept. The system message goes in front of what remains. Then id 196 asks
     for an answer, unless the last message is the assistant's, which is continued. Last, everything is cut
-    from the left to ``max_length - max_new_tokens``.
+    from the left to ``max_length - max_new_tokens``. Virtual tokens are part of that length; they stand in
+    front and are never cut.
 
     Args:
         tokenizer: a fast tokenizer with Baichuan's vocabulary.
@@ -237,10 +247,12 @@ def build_prompt(
         UserError: the roles are out of order, or no room is left for a prompt.
     """
     check_messages(messages)
-    room = max_length - max_new_tokens
+    virtual = virtual_token_ids(tokenizer)
+    room = max_length - max_new_tokens - len(virtual)
     if room <= 0:
+        beside = f" beside {len(virtual)} virtual tokens" if virtual else ""
         raise UserError(
-            f"max_new_tokens {max_new_tokens} leaves no room for a prompt in max_length {max_length}",
+            f"max_new_tokens {max_new_tokens} leaves no room for a prompt in max_length {max_length}{beside}",
             hint="lower max_new_tokens",
         )
     system, turns = split_system(messages)
@@ -255,7 +267,7 @@ def build_prompt(
     ids = system_ids + history
     if turns[-1]["role"] == "user":
         ids.append(role_ids(tokenizer).assistant)
-    return ids[-room:]
+    return virtual + ids[-room:]
 
 
 def build_example(
@@ -265,7 +277,8 @@ def build_example(
 
     Every assistant turn is learned, and one EOS is appended and learned. At each user-role id the label is
     EOS, so that the model learns to stop where the next turn would begin. Everything else is ignored: user
-    text, the assistant-role ids, a system message (which goes in front).
+    text, the assistant-role ids, a system message (which goes in front), virtual tokens and the token after
+    them (which begins the conversation: no model is to predict it).
 
     Args:
         tokenizer: a fast tokenizer with Baichuan's vocabulary.
@@ -286,6 +299,9 @@ def build_example(
         index if learned else eos if index == user else IGNORE_INDEX  # content never holds the user-role id
         for index, learned in zip(ids, mask)
     ]
+    virtual = len(virtual_token_ids(tokenizer))
+    if virtual:
+        labels[: virtual + 1] = [IGNORE_INDEX] * (virtual + 1)
     return {"input_ids": ids[:max_length], "labels": labels[:max_length]}
 
 
@@ -322,7 +338,7 @@ _TEMPLATE = """\
 """
 
 
-def chat_template(user_piece: str, assistant_piece: str) -> str:
+def chat_template(user_piece: str, assistant_piece: str, virtual_pieces: Sequence[str] = ()) -> str:
     """The official format as a Jinja template, for software that only knows templates.
 
     With ``add_generation_prompt=True`` (or ``continue_final_message=True``) it renders what
@@ -339,5 +355,16 @@ def chat_template(user_piece: str, assistant_piece: str) -> str:
     Args:
         user_piece: how the tokenizer at hand spells the user-role id.
         assistant_piece: the same for the assistant-role id.
+        virtual_pieces: spellings of the virtual tokens, which are written in front of everything.
     """
-    return _TEMPLATE.replace("USER_PIECE", repr(user_piece)).replace("ASSISTANT_PIECE", repr(assistant_piece))
+    template = _TEMPLATE.replace("USER_PIECE", repr(user_piece))
+    template = template.replace("ASSISTANT_PIECE", repr(assistant_piece))
+    return with_virtual_pieces(template, virtual_pieces)
+
+
+def with_virtual_pieces(template: str, virtual_pieces: Sequence[str]) -> str:
+    """A chat template that writes these pieces first, and then what it wrote before."""
+    if not virtual_pieces:
+        return template
+    # No line break behind it: a template that begins with text would write it, too.
+    return "{#- virtual tokens: merged P-Tuning #}{{- " + repr("".join(virtual_pieces)) + " }}" + template

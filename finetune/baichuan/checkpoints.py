@@ -92,7 +92,7 @@ def _check_config(config: dict[str, Any], path: Path) -> None:
 def check_weight_file(path: Path) -> None:
     """Check the frame of a weight file: a safetensors header that fits its size, or an intact zip archive."""
     size = path.stat().st_size
-    hint = "the file is damaged or was cut short: download it again"
+    hint = "the file is damaged or was cut short: download or make it again"
     if path.suffix == ".safetensors":
         try:
             with path.open("rb") as file:

@@ -67,8 +67,22 @@ class Base:
         return self.quantization != "none"
 
 
-def resolve_base(base: str, *, revision: str | None = None, source: str = "huggingface") -> Base:
+def resolve_base(
+    base: str,
+    *,
+    revision: str | None = None,
+    source: str = "huggingface",
+    download: bool = True,
+    called: str = "model.base",
+) -> Base:
     """Find or fetch a base: catalogue name, local folder, or hub id.
+
+    Args:
+        base: as in a recipe's model.base.
+        revision: of a hub id.
+        source: hub to download from, huggingface or modelscope.
+        download: False takes what is here already, and nothing else.
+        called: what the user knows the base as, for messages.
 
     Raises:
         UserError: if it is nowhere to be had, is incomplete, or is no Baichuan model.
@@ -84,7 +98,7 @@ def resolve_base(base: str, *, revision: str | None = None, source: str = "huggi
         near = difflib.get_close_matches(base, CATALOG, n=1)
         guess = f"did you mean {near[0]}? " if near else ""
         raise UserError(
-            f"model.base: {base!r} is no folder and no name in the catalogue",
+            f"{called}: {base!r} is no folder and no name in the catalogue",
             hint=f"{guess}`finetune catalog` lists the names; {NANO_HINT}",
         )
     revision = revision or (entry.revision if entry else None)
@@ -92,30 +106,60 @@ def resolve_base(base: str, *, revision: str | None = None, source: str = "huggi
     if entry is not None:
         repo_id = str(entry.modelscope_id if source == "modelscope" else entry.repo_id)
     fetch = _fetch_modelscope if source == "modelscope" else _fetch_hub
-    folder = fetch(base, repo_id, revision)
+    folder = fetch(base, repo_id, revision, download, called)
     check_folder(folder)
     return Base(base, folder, repo_id, revision)
 
 
-def _fetch_hub(base: str, repo_id: str, revision: str | None) -> Path:
+def _fetch_hub(base: str, repo_id: str, revision: str | None, download: bool, called: str) -> Path:
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
     try:
-        return Path(snapshot_download(repo_id, revision=revision, allow_patterns=list(FILES)))
+        return Path(
+            snapshot_download(
+                repo_id, revision=revision, allow_patterns=list(FILES), local_files_only=not download
+            )
+        )
     except (LocalEntryNotFoundError, OSError, HfHubHTTPError, HFValidationError) as error:
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         at = f" --revision {revision}" if revision else ""
         raise UserError(
-            f"model.base: {base} ({repo_id}) is not on this machine and cannot be downloaded: {reason}",
+            f"{called}: {base} ({repo_id}) is not on this machine and cannot be downloaded: {_reason(error)}",
             hint=(
                 f"where there is a network, run `hf download {repo_id}{at}`, copy the folder here and set "
-                f"model.base to its path (or try model.source=modelscope); {NANO_HINT}"
+                f"{called} to its path (or try model.source=modelscope); {NANO_HINT}"
             ),
         ) from error
 
 
-def _fetch_modelscope(base: str, repo_id: str, revision: str | None) -> Path:
+def _reason(error: BaseException) -> str:
+    """Why a hub did not give what it was asked for, in a few words."""
+    from huggingface_hub.errors import (
+        GatedRepoError,
+        LocalEntryNotFoundError,
+        OfflineModeIsEnabled,
+        RepositoryNotFoundError,
+        RevisionNotFoundError,
+    )
+
+    words: dict[type[BaseException], str] = {
+        GatedRepoError: "the hub wants you to log in and accept its terms (`hf auth login`)",
+        RevisionNotFoundError: "the hub has no such revision",
+        RepositoryNotFoundError: "the hub has no such repository, or it is private",
+        OfflineModeIsEnabled: "HF_HUB_OFFLINE is set",
+        LocalEntryNotFoundError: "the hub cannot be reached",
+        ConnectionError: "the hub cannot be reached",
+    }
+    causes = [error]
+    while (cause := causes[-1].__cause__ or causes[-1].__context__) and cause not in causes:
+        causes.append(cause)
+    for kind, text in words.items():
+        if any(isinstance(each, kind) for each in causes):
+            return text
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
+def _fetch_modelscope(base: str, repo_id: str, revision: str | None, download: bool, called: str) -> Path:
     try:
         from modelscope import snapshot_download
     except ImportError as error:
@@ -124,10 +168,14 @@ def _fetch_modelscope(base: str, repo_id: str, revision: str | None) -> Path:
             hint="pip install 'baichuan2-finetune[modelscope]'",
         ) from error
     try:
-        return Path(snapshot_download(repo_id, revision=revision, allow_patterns=list(FILES)))
+        return Path(
+            snapshot_download(
+                repo_id, revision=revision, allow_patterns=list(FILES), local_files_only=not download
+            )
+        )
     except Exception as error:  # modelscope raises requests', its own and built-in errors
         raise UserError(
-            f"model.base: {base} cannot be downloaded from ModelScope: {error}",
+            f"{called}: {base} cannot be downloaded from ModelScope: {error}",
             hint=f"check the network, or set model.base to a local folder; {NANO_HINT}",
         ) from error
 
@@ -226,7 +274,7 @@ def load_model(settings: Model, base: Base, *, device: torch.device | None = Non
         names = ", ".join((missing + mismatched)[:4])
         raise UserError(
             f"{base.folder}: {len(missing + mismatched)} weights are missing or have another shape: {names}",
-            hint="the folder does not hold a complete Baichuan model: download it again",
+            hint="the folder does not hold a complete Baichuan model: download or make it again",
         )
     model.requires_grad_(False)
     model.freeze_head()

@@ -6,16 +6,22 @@ Built from the SentencePiece ``tokenizer.model`` of any official release (half a
 
 Two deliberate differences: decoding puts no spaces around ``<s>``, ``</s>`` and ``<unk>``, and
 ``skip_special_tokens=True`` also skips role and reserved pieces, which no answer needs.
+
+Virtual tokens (a merged P-Tuning adapter) are treated as other models treat a BOS token: plain calls put them in
+front unless told ``add_special_tokens=False``, and the chat template writes them itself. Text that a template
+rendered must therefore be tokenised with ``add_special_tokens=False``, which is what ``apply_chat_template``
+and every serving engine do.
 """
 
 from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, ClassVar
 
-from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers
+from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, processors
 from transformers.tokenization_utils_base import BatchEncoding
 from transformers.tokenization_utils_tokenizers import TokenizersBackend
 
@@ -29,6 +35,7 @@ from finetune.baichuan.chat import (
     encode_content,
     encode_conversation,
     role_ids,
+    with_virtual_pieces,
 )
 from finetune.errors import UserError
 
@@ -47,9 +54,10 @@ class BaichuanTokenizer(TokenizersBackend):
         tokenizer_file: a ``tokenizer.json``; wins where both are given, being what was saved last.
         user_token_id: the id that opens a user's turn.
         assistant_token_id: the id that opens an assistant's turn.
+        virtual_token_ids: ids that stand in front of every conversation and text, if there are any.
 
     Raises:
-        UserError: no usable file, a SentencePiece model of another kind, or impossible role ids.
+        UserError: no usable file, a SentencePiece model of another kind, or impossible role or virtual ids.
     """
 
     vocab_files_names: ClassVar = {"vocab_file": "tokenizer.model", "tokenizer_file": "tokenizer.json"}
@@ -57,6 +65,7 @@ class BaichuanTokenizer(TokenizersBackend):
 
     user_token_id: int = USER_TOKEN_ID
     assistant_token_id: int = ASSISTANT_TOKEN_ID
+    virtual_token_ids: Sequence[int] = ()
 
     def __init__(
         self,
@@ -65,6 +74,7 @@ class BaichuanTokenizer(TokenizersBackend):
         *,
         user_token_id: int = USER_TOKEN_ID,
         assistant_token_id: int = ASSISTANT_TOKEN_ID,
+        virtual_token_ids: Sequence[int] = (),
         bos_token: str | AddedToken = "<s>",
         eos_token: str | AddedToken = "</s>",
         unk_token: str | AddedToken = "<unk>",
@@ -78,9 +88,13 @@ class BaichuanTokenizer(TokenizersBackend):
         if tokenizer_object is None:
             tokenizer_object = _load_backend(vocab_file, tokenizer_file, roles, kwargs.get("name_or_path"))
         self._tokenizer = tokenizer_object
-        user_piece, assistant_piece = _role_pieces(tokenizer_object, roles)
+        self.virtual_token_ids = virtual_token_ids  # before the base class makes a post-processor
+        role_pieces = _role_pieces(tokenizer_object, roles)
+        virtual_pieces = _pieces(tokenizer_object, virtual_token_ids)
+        if virtual_token_ids:
+            kwargs["virtual_token_ids"] = list(virtual_token_ids)
         if kwargs.get("chat_template") is None:
-            kwargs["chat_template"] = chat_template(user_piece, assistant_piece)
+            kwargs["chat_template"] = chat_template(*role_pieces, virtual_pieces)
         super().__init__(
             vocab_file=vocab_file,
             # Only the names count: official configs say single_word, which their own tokenizer ignores.
@@ -103,6 +117,37 @@ class BaichuanTokenizer(TokenizersBackend):
     def encode_content(self, text: str) -> list[int]:
         """Ids of text from data or users, safe against role injection: see :func:`chat.encode_content`."""
         return encode_content(self, text)
+
+    def prepend_virtual_tokens(self, ids: Sequence[int]) -> None:
+        """Put ids in front of every conversation and text, before the virtual tokens that are there already.
+
+        Changes the prompt builder, the chat template and plain calls, here and in what is saved.
+
+        Raises:
+            UserError: an id is not in the vocabulary.
+        """
+        template = self.get_chat_template()
+        own = template == self._own_template()
+        template = with_virtual_pieces(template, _pieces(self._tokenizer, ids))
+        self.virtual_token_ids = [*ids, *self.virtual_token_ids]
+        self.init_kwargs["virtual_token_ids"] = self.virtual_token_ids
+        self.chat_template = self._own_template() if own else template
+        self.update_post_processor()
+
+    def update_post_processor(self) -> None:
+        """What plain calls add to a text: as in transformers, with the virtual tokens in front."""
+        super().update_post_processor()
+        if not self.virtual_token_ids:
+            return
+        virtual = list(zip(_pieces(self._tokenizer, self.virtual_token_ids), self.virtual_token_ids))
+        first = [*virtual, *([(self.bos_token, self.bos_token_id)] if self.add_bos_token else [])]
+        last = [(self.eos_token, self.eos_token_id)] if self.add_eos_token else []
+        front, back = [piece for piece, _ in first], [piece for piece, _ in last]
+        self._tokenizer.post_processor = processors.TemplateProcessing(
+            single=[*front, "$A", *back],
+            pair=[*front, "$A", *back, "$B:1", *back],
+            special_tokens=[*first, *last],
+        )
 
     def apply_chat_template(
         self,
@@ -150,7 +195,8 @@ class BaichuanTokenizer(TokenizersBackend):
         return self._collate_chat(rows, batched=batched, **kwargs)
 
     def _own_template(self) -> str:
-        return chat_template(*_role_pieces(self._tokenizer, role_ids(self)))
+        virtual_pieces = _pieces(self._tokenizer, self.virtual_token_ids)
+        return chat_template(*_role_pieces(self._tokenizer, role_ids(self)), virtual_pieces)
 
     def _collate_chat(
         self,
@@ -171,8 +217,7 @@ class BaichuanTokenizer(TokenizersBackend):
             raise ValueError("return_assistant_tokens_mask=True requires return_dict=True")
         if truncation:
             limit = max_length or self.model_max_length
-            cut = slice(limit) if self.truncation_side == "right" else slice(-limit, None)
-            rows = [(ids[cut], mask[cut]) for ids, mask in rows]
+            rows = [(self._truncate(ids, limit), self._truncate(mask, limit)) for ids, mask in rows]
         as_batch = batched or return_tensors is not None
         input_ids = [ids for ids, _ in rows]
         options = {"padding_side": self.padding_side, **(tokenizer_kwargs or {})}
@@ -193,6 +238,14 @@ class BaichuanTokenizer(TokenizersBackend):
             encoded.convert_to_tensors(tensor_type=return_tensors)
         return encoded if return_dict else encoded["input_ids"]
 
+    def _truncate(self, values: list[int], limit: int) -> list[int]:
+        """At most ``limit`` values, cut on the tokenizer's side; what belongs to virtual tokens stays."""
+        surplus = len(values) - limit
+        if surplus <= 0 or self.truncation_side == "right":
+            return values[:limit]
+        kept = min(len(self.virtual_token_ids), limit)
+        return values[:kept] + values[kept + surplus :]
+
     def _save_pretrained(
         self,
         save_directory: str,
@@ -204,7 +257,10 @@ class BaichuanTokenizer(TokenizersBackend):
         config_file = Path(file_names[0])
         config = json.loads(config_file.read_text(encoding="utf-8"))
         config["tokenizer_class"] = STOCK_TOKENIZER_CLASS
-        for name in ("auto_map", "is_local", "local_files_only"):
+        foreign = ["auto_map", "is_local", "local_files_only"]
+        if self.virtual_token_ids:  # transformers would replace the post-processor that adds them
+            foreign += ["add_bos_token", "add_eos_token"]
+        for name in foreign:
             config.pop(name, None)
         text = json.dumps(config, indent=2, sort_keys=True, ensure_ascii=False)
         config_file.write_text(text + "\n", encoding="utf-8")
@@ -332,6 +388,17 @@ def _role_pieces(backend: Tokenizer, roles: RoleIds) -> tuple[str, str]:
             )
         pieces.append(piece)
     return pieces[0], pieces[1]
+
+
+def _pieces(backend: Tokenizer, ids: Sequence[int]) -> list[str]:
+    """How virtual tokens are spelled."""
+    pieces = [backend.id_to_token(index) for index in ids]
+    if None in pieces:
+        raise UserError(
+            f"virtual_token_ids: {ids[pieces.index(None)]} is not in the vocabulary",
+            hint="tokenizer_config.json and tokenizer.json must be those of one merged folder",
+        )
+    return [str(piece) for piece in pieces]
 
 
 # --- registration -------------------------------------------------------------------------------------------

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 from pathlib import Path
 from typing import Any
@@ -52,6 +53,47 @@ def test_chat_on_a_quantised_base(trained: tuple[Path, Path], quantization: str)
     base, adapter = trained
     answer = finetune("chat", "--model", base, "--adapter", adapter, *TALK, "--quantization", quantization)
     assert answer.strip()
+
+
+@pytest.mark.parametrize("option", [None, "none"])
+def test_chat_holds_the_base_as_the_adapter_was_trained(
+    tiny_bases: dict[str, Path], tmp_path: Path, option: str | None
+) -> None:
+    model = {"quantization": "nf4"}
+    finetune("run", write_recipe(tmp_path, tiny_bases["rope"], model=model, train={"max_steps": 2}))
+    adapter = tmp_path / "run" / "adapter"
+    note = json.loads((adapter / "training.json").read_text(encoding="utf-8"))
+    assert (note["quantization"], note["dtype"], note["stage"]) == ("nf4", "float32", "sft")
+    assert (adapter / "adapter_model.safetensors").stat().st_mode & 0o777 == 0o666 & ~current_umask()
+    held = option or chat_command.trained_quantization(adapter)
+    network, _ = chat_command.load(str(tiny_bases["rope"]), adapter, quantization=held)
+    assert getattr(network.base_model.model, "is_loaded_in_4bit", False) is (option is None)
+    options = ["--quantization", option] if option else []
+    told = finetune("chat", "--model", tiny_bases["rope"], "--adapter", adapter, *TALK, *options)
+    assert ("as the adapter was trained" in told) is (option is None)
+
+
+def current_umask() -> int:
+    umask = os.umask(0)
+    os.umask(umask)
+    return umask
+
+
+def test_chat_refuses_an_adapter_on_weights_it_was_not_trained_on(
+    trained: tuple[Path, Path], tiny_bases: dict[str, Path], tmp_path: Path
+) -> None:
+    base, adapter = trained
+    finetune("merge", "--adapter", adapter, "--output", tmp_path / "merged")
+    output = finetune("chat", "--model", tmp_path / "merged", "--adapter", adapter, *TALK, expect=2)
+    assert "is another base" in output
+    assert f"--model {base}" in output
+    (other,) = (folder for folder in tiny_bases.values() if folder != base)
+    assert "is another base" in finetune("chat", "--model", other, "--adapter", adapter, *TALK, expect=2)
+    finetune("convert-adapter", "--adapter", adapter, "--to", "split", "--output", tmp_path / "split")
+    output = finetune("chat", "--model", base, "--adapter", tmp_path / "split", *TALK, expect=2)
+    assert "_proj, which this model does not have" in output
+    assert "--to packed" in output
+    assert "--model: 'nowhere' is no folder" in finetune("chat", "--model", "nowhere", *TALK, expect=2)
 
 
 def test_chat_samples_with_the_settings_asked_for(

@@ -42,13 +42,18 @@ def test_answers_get_better(run: Path) -> None:
 
 
 def test_adapter_and_merged_folder_answer_alike(run: Path, tmp_path: Path) -> None:
-    merged = tmp_path / "merged"
-    finetune("merge", "--adapter", str(run / "adapter"), "--output", str(merged))
+    """Onto what training saw, as chat holds the base by itself; onto the original, as when told to."""
+    folders = {onto: tmp_path / onto for onto in ("dequantized", "original")}
+    for onto, folder in folders.items():
+        finetune("merge", "--adapter", str(run / "adapter"), "--output", str(folder), "--onto", onto)
     talk = ["--prompt", "感冒了要注意什么？", "--greedy", "--max-new-tokens", "60"]
     base = finetune("chat", "--model", "baichuan2-nano", *talk).stdout
-    adapted = finetune("chat", "--model", "baichuan2-nano", "--adapter", str(run / "adapter"), *talk).stdout
-    assert finetune("chat", "--model", str(merged), *talk).stdout == adapted != base
+    with_adapter = ["--model", "baichuan2-nano", "--adapter", str(run / "adapter")]
+    adapted = finetune("chat", *with_adapter, *talk).stdout
+    assert finetune("chat", "--model", str(folders["dequantized"]), *talk).stdout == adapted != base
     assert adapted.strip()
+    plain = finetune("chat", *with_adapter, "--quantization", "none", *talk).stdout
+    assert finetune("chat", "--model", str(folders["original"]), *talk).stdout == plain != base
 
 
 def test_the_nano_has_the_official_layout_of_special_ids() -> None:

@@ -38,6 +38,7 @@ LORA: dict[str, dict[str, Any]] = {
 PROMPTS: dict[str, dict[str, Any]] = {
     "ptuning": {"method": "ptuning"},
     "ptuning_lstm": {"method": "ptuning", "encoder": "lstm", "encoder_layers": 1, "encoder_hidden_size": 24},
+    "ptuning_none": {"method": "ptuning", "encoder": "none"},
     "prefix": {"method": "prefix"},
     "prefix_projection": {"method": "prefix", "prefix_projection": True, "encoder_hidden_size": 24},
 }

@@ -57,7 +57,10 @@ def raise_(error: BaseException) -> Any:
 # --- start-up ---------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("args", [["--help"], ["run", "--help"], ["--version"], ["run", "missing.yaml"]])
+@pytest.mark.parametrize(
+    "args",
+    [["--help"], ["run", "--help"], ["--version"], ["run", "missing.yaml"], ["taxonomy", "sample", "--help"]],
+)
 def test_answers_without_heavy_imports(args: list[str]) -> None:
     """What makes --help fast is what it does not import; seconds would depend on the machine."""
     script = (
@@ -66,7 +69,7 @@ def test_answers_without_heavy_imports(args: list[str]) -> None:
         f"try: app({args!r})\n"
         "except SystemExit: pass\n"
         "print('HEAVY', [name for name in ('torch', 'transformers', 'trl', 'peft', 'datasets', 'matplotlib', "
-        "'numpy', 'rich') if name in sys.modules])\n"
+        "'numpy', 'rich', 'sklearn') if name in sys.modules])\n"
     )
     result = subprocess.run(
         [sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, check=True
@@ -78,7 +81,8 @@ def test_module_is_runnable() -> None:
     command = [sys.executable, "-m", "finetune", "--help"]
     result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert (result.returncode, result.stderr) == (0, "")
-    for name in ("run", "check", "merge", "chat", "report", "catalog", "doctor"):
+    names = ("run", "check", "merge", "chat", "report", "catalog", "doctor", "export", "convert-adapter")
+    for name in (*names, "taxonomy"):
         assert f"\n  {name} " in result.stdout
 
 
@@ -268,7 +272,7 @@ def test_no_more_processes_than_gpus(recipe: str, monkeypatch: pytest.MonkeyPatc
 
 def test_check_checks_every_recipe(recipe: str, monkeypatch: pytest.MonkeyPatch) -> None:
     checked = []
-    fake_module(monkeypatch, "finetune.check", check=lambda recipe: checked.append(recipe.name))
+    fake_module(monkeypatch, "finetune.check", check=lambda recipe, device: checked.append(recipe.name))
     Path("second.yaml").write_text(RECIPE)
     Path("both.yaml").write_text("pipeline: [recipe.yaml, second.yaml]\n")
     assert call("check", "both.yaml", "seed=2").exit_code == 0
@@ -282,12 +286,54 @@ def test_merge_passes_its_options_on(monkeypatch: pytest.MonkeyPatch) -> None:
         calls.append((args, options))
         return Path("merged")
 
-    fake_module(monkeypatch, "finetune.adapters", merge_adapter=merge_adapter)
+    def merge_summary(folder: Path) -> tuple[list[str], list[list[str]]]:
+        return [f"verified {folder}"], [["compared with", "mean KL"], ["base + adapter", "0"]]
+
+    fake_module(
+        monkeypatch, "finetune.adapters.merge", merge_adapter=merge_adapter, merge_summary=merge_summary
+    )
     result = call("merge", "--adapter", "a", "--output", "merged", "--dtype", "float16")
-    assert (result.exit_code, result.stdout) == (0, "merged model: merged\n")
-    options = {"base": None, "dtype": "float16", "max_shard_size": "5GB", "progress": True}
-    assert calls == [((Path("a"), Path("merged")), options)]
+    assert result.exit_code == 0
+    assert result.stdout.splitlines() == [
+        "compared with   mean KL",
+        "base + adapter  0",
+        "verified merged",
+        "merged model: merged",
+    ]
+    options = {
+        "base": None,
+        "force_base": False,
+        "weights": None,
+        "combine": "linear",
+        "density": 0.5,
+        "seed": 0,
+        "onto": None,
+        "format": "baichuan",
+        "dtype": "float16",
+        "max_shard_size": "5GB",
+        "verify": None,
+        "progress": True,
+    }
+    assert calls == [(([Path("a")], Path("merged")), options)]
+    several = ["--adapter", "a", "--adapter", "b", "--weights", "0.7,0.3", "--combine", "ties"]
+    others = ["--onto", "dequantized", "--format", "llama", "--no-verify", "--force-base"]
+    assert call("merge", "--output", "m", *several, *others).exit_code == 0
+    (adapters, _), changed = calls[1]
+    assert adapters == [Path("a"), Path("b")]
+    assert changed == {
+        **options,
+        "dtype": None,
+        "weights": (0.7, 0.3),
+        "combine": "ties",
+        "onto": "dequantized",
+        "format": "llama",
+        "verify": False,
+        "force_base": True,
+    }
     assert call("merge", "--adapter", "a", "--output", "m", "--dtype", "int4").exit_code == 2
+    wrong = call("merge", "--output", "m", *several[:4], "--weights", "half")
+    assert wrong.exit_code == 2
+    assert "--weights: found 'half'" in wrong.stderr
 
 
 def test_chat_passes_its_options_on(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -308,7 +354,7 @@ def test_chat_passes_its_options_on(monkeypatch: pytest.MonkeyPatch) -> None:
             "top_k": None,
             "top_p": None,
             "repetition_penalty": None,
-            "quantization": "none",
+            "quantization": None,
         }
     ]
     assert call("chat").exit_code == 2
@@ -322,25 +368,21 @@ def test_report_says_where_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_catalog_lists_names_in_columns(monkeypatch: pytest.MonkeyPatch) -> None:
     @dataclass
     class Entry:
-        size: str
         repo_id: str | None
-        kind: str = "chat"
         position_embedding: str = "rope"
-        quantized: bool = False
         revision: str | None = None
-        modelscope_id: str | None = None
         note: str = ""
 
     entries = {
-        "small": Entry("nano", None, note="built [here]"),
-        "baichuan2-7b-chat": Entry("7b", "org/name"),
+        "small": Entry(None, note="built [here]"),
+        "baichuan2-7b-chat": Entry("org/name", revision="v1"),
     }
     fake_module(monkeypatch, "finetune.baichuan.catalog", CATALOG=entries)
     header, *rows = call("catalog").stdout.splitlines()
-    assert header.split() == ["name", "size", "kind", "positions", "repository", "note"]
-    assert rows[0].startswith("small              nano  chat")
+    assert header.split("  ")[0] == "name"
+    assert rows[0].startswith("small              rope")
     assert rows[0].endswith("built [here]")
-    assert rows[1].split() == ["baichuan2-7b-chat", "7b", "chat", "rope", "org/name"]
+    assert rows[1].split() == ["baichuan2-7b-chat", "rope", "org/name@v1"]
 
 
 # --- doctor -----------------------------------------------------------------------------------------
