@@ -1,14 +1,8 @@
-"""What a recipe's `stage` runs, and how: in this process, or in several through accelerate.
-
-A stage is a function `(recipe, *, resume: bool, overwrite: bool) -> Path` that returns the run
-folder. Its module is imported when it is run, so the table costs nothing and other packages may be
-named in it.
-"""
+"""Recipes are run: what their `stage` names, in this process, or in several through accelerate."""
 
 from __future__ import annotations
 
 import gc
-import importlib
 import json
 import os
 import signal
@@ -20,15 +14,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from finetune.errors import UserError
+from finetune.stage_table import STAGES
 
 if TYPE_CHECKING:
-    from finetune.recipe.schema import Recipe
-
-STAGES: dict[str, str] = {
-    "pretrain": "finetune.train.pretrain:run",
-    "sft": "finetune.train.sft:run",
-}
-"""Name of a stage → "module:function"."""
+    from finetune.recipe.schema import Recipe, Step
 
 OUTCOME_VARIABLE = "FINETUNE_OUTCOME"
 """Environment variable that names the file in which a launched process says how it failed."""
@@ -59,7 +48,7 @@ def run_recipe(
     overwrite: bool = False,
     processes: int | None = None,
 ) -> list[Path]:
-    """Run a recipe, or each recipe of a pipeline in turn.
+    """Run a recipe, or each recipe of a pipeline in turn, those that are done already left alone.
 
     Args:
         recipe: a recipe, or the file of a recipe or pipeline.
@@ -97,16 +86,24 @@ def run_recipe(
         flags = ["--resume"] * resume + ["--overwrite"] * overwrite
         launch(["run", str(recipe), *overrides, *flags], processes)
         return [Path(each.output_dir) for each in recipes]
-    folders = []
-    for each in recipes:
-        folders.append(_function(each.stage)(each, resume=resume, overwrite=overwrite))
+    if len(recipes) == 1:
+        return [_run_step(recipes[0], resume=resume, overwrite=overwrite)]
+    from finetune.pipeline import Pipeline
+
+    pipeline = Pipeline(Path(str(recipe)).stem, recipes)
+    return list(pipeline.run(_run_step, resume=resume, overwrite=overwrite))
+
+
+def _run_step(step: Step, *, resume: bool, overwrite: bool) -> Path:
+    """Do one step; what follows in a pipeline needs the memory that its model held."""
+    try:
+        return _function(step.stage)(step, resume=resume, overwrite=overwrite)
+    finally:
         _release_memory()
-    return folders
 
 
 def _function(stage: str) -> Any:
-    module, _, name = STAGES[stage].partition(":")
-    return getattr(importlib.import_module(module), name)
+    return STAGES[stage].load("run")
 
 
 def _release_memory() -> None:

@@ -112,7 +112,7 @@ def _prompt_methods(recipe: Recipe) -> Iterator[Problem]:
                 "sizes the network of adapter.prefix_projection, which is false: "
                 "set that to true, or remove this key",
             )
-    if adapter.method == "ptuning" and adapter.encoder == "mlp":
+    if adapter.method == "ptuning" and adapter.encoder != "lstm":
         for key, default in (("encoder_layers", 2), ("encoder_dropout", 0.0)):
             if getattr(adapter, key) != default:
                 yield (
@@ -120,6 +120,11 @@ def _prompt_methods(recipe: Recipe) -> Iterator[Problem]:
                     "is read by adapter.encoder lstm only, the mlp has two hidden layers and no dropout: "
                     "set adapter.encoder to lstm, or remove this key",
                 )
+    if adapter.method == "ptuning" and adapter.encoder == "none" and adapter.encoder_hidden_size is not None:
+        yield (
+            "adapter.encoder_hidden_size",
+            "sizes the network of adapter.encoder, which is none: set that to mlp or lstm, or remove this key",
+        )
 
 
 def _training(recipe: Recipe) -> Iterator[Problem]:
@@ -138,6 +143,12 @@ def _training(recipe: Recipe) -> Iterator[Problem]:
         yield (
             "train.warmup_ratio",
             "train.schedule constant has no warm-up: set train.schedule to constant_with_warmup",
+        )
+    if recipe.model.attention.startswith("flash_attention") and recipe.model.dtype == "float32":
+        yield (
+            "model.attention",
+            f"{recipe.model.attention} computes in 16 bits only, and model.dtype is float32: "
+            "set model.dtype to bfloat16, or model.attention to auto",
         )
     if recipe.stage == "pretrain" and data.system is not None:
         yield "data.system", "stage pretrain learns raw text, which has no system message: remove this key"

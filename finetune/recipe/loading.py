@@ -20,9 +20,19 @@ from pydantic import ValidationError
 
 from finetune.errors import UserError
 from finetune.recipe.layers import Settings, all_keys, get_value, remove_value
-from finetune.recipe.messages import FILE_KEYS, describe, dotted, known_keys, show, unknown_key
-from finetune.recipe.schema import Recipe
+from finetune.recipe.merge import MergeRecipe
+from finetune.recipe.messages import (
+    FILE_KEYS,
+    describe,
+    dotted,
+    known_keys,
+    required_keys,
+    show,
+    unknown_key,
+)
+from finetune.recipe.schema import Recipe, Step
 from finetune.recipe.yaml_text import Document, Key, parse_yaml
+from finetune.stage_table import STAGES
 
 _COMMAND_LINE = "command line"
 
@@ -60,15 +70,16 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
             f"{_line(path, document, ('pipeline',))}: a pipeline of recipes, expected a single recipe",
             hint="name one of the recipes that it lists",
         )
-    return _build(path, document, overrides)
+    return cast(Recipe, _build(path, document, overrides))
 
 
-def load_pipeline(path: str | Path, overrides: Sequence[str] = ()) -> list[Recipe]:
+def load_pipeline(path: str | Path, overrides: Sequence[str] = ()) -> list[Step]:
     """Read and check a recipe, or all recipes of a file with `pipeline: [first.yaml, second.yaml]`.
 
-    Entries count from the pipeline's own folder, or else from the current one. Overrides hold for
-    every recipe, except that `model.base=…` leaves alone a recipe whose base is the output of an
-    earlier one: it changes where the chain begins. `for_base` patterns see that beginning too.
+    Entries count from the pipeline's own folder, or else from the current one. An override holds for
+    every recipe whose stage has its key, except that `model.base=…` leaves alone a recipe whose base is
+    the output of an earlier one: it changes where the chain begins. `for_base` patterns see that
+    beginning too.
 
     Raises:
         UserError: as in `load_recipe`; nothing is returned unless all recipes are right.
@@ -76,14 +87,19 @@ def load_pipeline(path: str | Path, overrides: Sequence[str] = ()) -> list[Recip
     document = _read(path)
     if not isinstance(document.data, dict) or "pipeline" not in document.data:
         return [_build(path, document, overrides)]
-    recipes: list[Recipe] = []
-    beginnings: dict[str, str] = {}  # output folder of a recipe → base that its chain began with
-    for entry in _pipeline_entries(path, document, overrides):
-        step = _read(entry)
+    steps = [(entry, _read(entry)) for entry in _pipeline_entries(path, document, overrides)]
+    for entry, step in steps:
         if isinstance(step.data, dict) and "pipeline" in step.data:
             raise UserError(f"{_line(entry, step, ('pipeline',))}: a pipeline cannot hold another pipeline")
+    kinds = [_recipe_class(step.data, overrides) for _, step in steps]
+    keys = [known_keys(kind).keys() - kind.unread for kind in kinds]
+    unknown = [text for text in overrides if not any(_override_name(text) in known for known in keys)]
+    recipes: list[Step] = []
+    beginnings: dict[str, str] = {}  # output folder of a recipe → base that its chain began with
+    for (entry, step), known in zip(steps, keys):
         beginning = _chained_to(step.data, beginnings)
-        own = [text for text in overrides if not (beginning and _override_name(text) == "model.base")]
+        own = [text for text in overrides if _override_name(text) in known or text in unknown]
+        own = [text for text in own if not (beginning and _override_name(text) == "model.base")]
         recipe = _build(entry, step, own, beginning=beginning)
         folder = os.path.normpath(recipe.output_dir)
         if folder in beginnings:
@@ -91,9 +107,25 @@ def load_pipeline(path: str | Path, overrides: Sequence[str] = ()) -> list[Recip
                 f"{path}: two recipes of this pipeline write into {recipe.output_dir}",
                 hint="give each its own name or output_dir",
             )
-        beginnings[folder] = beginning or recipe.model.base
+        if base := beginning or _beginning(recipe, beginnings):
+            beginnings[folder] = base
         recipes.append(recipe)
     return recipes
+
+
+def _beginning(step: Step, beginnings: dict[str, str]) -> str | None:
+    """The base that a step begins with: its own, or that of the adapter that it merges."""
+    if isinstance(step, Recipe):
+        return step.model.base
+    if isinstance(step, MergeRecipe):
+        return step.merge.base or _made_in(step.merge.adapter, beginnings)
+    return None
+
+
+def _made_in(path: str, beginnings: dict[str, str]) -> str | None:
+    """The base at the beginning of the chain whose step made what lies at a path."""
+    folder = Path(os.path.normpath(path))
+    return next((start for output, start in beginnings.items() if folder.is_relative_to(output)), None)
 
 
 def _read(path: str | Path) -> Document:
@@ -151,15 +183,12 @@ def _chained_to(data: Any, beginnings: dict[str, str]) -> str | None:
     """The base at the beginning of the chain, where a recipe starts from the output of an earlier one."""
     model = data.get("model") if isinstance(data, dict) else None
     base = model.get("base") if isinstance(model, dict) else None
-    if not isinstance(base, str):
-        return None
-    folder = Path(os.path.normpath(base))
-    return next((start for output, start in beginnings.items() if folder.is_relative_to(output)), None)
+    return _made_in(base, beginnings) if isinstance(base, str) else None
 
 
 def _build(
     path: str | Path, document: Document, overrides: Sequence[str], beginning: str | None = None
-) -> Recipe:
+) -> Step:
     """Lay file, for_base blocks and overrides over each other, and check the result."""
     problems = [
         _Problem(f"{path}:{line}", dotted(key), f"given twice, first in line {first}")
@@ -174,18 +203,19 @@ def _build(
 
     settings = Settings({"name": Path(path).stem}, str(path))
     layer = {name: value for name, value in document.data.items() if name != "for_base"}
-    _empty_sections(layer)
+    kind = _recipe_class(layer, overrides)
+    _empty_sections(layer, kind)
     settings.apply(layer, lambda key: _line(path, document, key))
-    commands = _parse_overrides(overrides, problems)
+    commands = _parse_overrides(overrides, problems, kind)
     base = next((value for key, value in reversed(commands) if key == ("model", "base")), None)
     base = base or get_value(settings.values, ("model", "base"))
     names = [str(name).lower() for name in (base, beginning) if name]
-    problems += _apply_for_base(path, document, settings, names)
+    problems += _apply_for_base(path, document, settings, names, kind)
     overlay = _nested(commands)
-    _empty_sections(overlay)
+    _empty_sections(overlay, kind)
     settings.apply(overlay, lambda _: _COMMAND_LINE)
 
-    recipe, found = _check(settings)
+    recipe, found = _check(settings, kind)
     problems += found
     if recipe is None or problems:
         raise _refusal(path, problems)
@@ -193,9 +223,16 @@ def _build(
     return recipe
 
 
-def _empty_sections(values: dict[str, Any]) -> None:
+def _recipe_class(layer: Any, overrides: Sequence[str]) -> type[Step]:
+    """The class of the stage's recipes; the plain one where the stage is missing or unknown."""
+    commands = (text.partition("=")[2].strip() for text in overrides if _override_name(text) == "stage")
+    stage = [layer.get("stage") if isinstance(layer, dict) else None, *commands][-1]
+    return STAGES[stage].load("recipe") if isinstance(stage, str) and stage in STAGES else Recipe
+
+
+def _empty_sections(values: dict[str, Any], kind: type[Step]) -> None:
     """`adapter:` with nothing (or only comments) below it is an empty section."""
-    for name, is_section in known_keys().items():
+    for name, is_section in known_keys(kind).items():
         if is_section and name in values and values[name] is None:
             values[name] = {}
 
@@ -204,7 +241,9 @@ def _override_name(text: str) -> str:
     return text.partition("=")[0].strip()
 
 
-def _parse_overrides(overrides: Iterable[str], problems: list[_Problem]) -> list[tuple[Key, Any]]:
+def _parse_overrides(
+    overrides: Iterable[str], problems: list[_Problem], kind: type[Step]
+) -> list[tuple[Key, Any]]:
     """`a.b=value` texts as keys and values, in the order given."""
     parsed: list[tuple[Key, Any]] = []
     for text in overrides:
@@ -214,8 +253,8 @@ def _parse_overrides(overrides: Iterable[str], problems: list[_Problem]) -> list
             problems.append(_Problem(_COMMAND_LINE, "", f"expected key=value, found {text!r}"))
         elif name in FILE_KEYS:
             problems.append(_Problem(_COMMAND_LINE, name, "can only stand in a file"))
-        elif dotted(key) not in known_keys():
-            problems.append(_Problem(_COMMAND_LINE, dotted(key), unknown_key(key)))
+        elif dotted(key) not in known_keys(kind):
+            problems.append(_Problem(_COMMAND_LINE, dotted(key), unknown_key(key, kind)))
         else:
             try:
                 parsed.append((key, parse_yaml(value, f"{_COMMAND_LINE}: {dotted(key)}").data))
@@ -240,7 +279,7 @@ def _nested(commands: Iterable[tuple[Key, Any]]) -> dict[str, Any]:
 
 
 def _apply_for_base(
-    path: str | Path, document: Document, settings: Settings, bases: list[str]
+    path: str | Path, document: Document, settings: Settings, bases: list[str], kind: type[Step]
 ) -> list[_Problem]:
     """Apply the blocks whose pattern matches a base (upper and lower case alike), check the others."""
     blocks = document.data.get("for_base") or {}
@@ -267,7 +306,7 @@ def _apply_for_base(
         else:
             unmatched.append((at, block))
     for at, block in unmatched:
-        problems += _check_unused(path, document, settings, at, block)
+        problems += _check_unused(path, document, settings, at, block, kind)
     return problems
 
 
@@ -276,7 +315,12 @@ def _block_origin(path: str | Path, document: Document, at: Key) -> Callable[[Ke
 
 
 def _check_unused(
-    path: str | Path, document: Document, settings: Settings, at: Key, block: dict[str, Any]
+    path: str | Path,
+    document: Document,
+    settings: Settings,
+    at: Key,
+    block: dict[str, Any],
+    kind: type[Step],
 ) -> list[_Problem]:
     """Misspelt keys and wrong values in a block for another base: found today, not on the big machine."""
     trial = Settings(copy.deepcopy(settings.values), settings.default_origin)
@@ -284,20 +328,20 @@ def _check_unused(
     own = set(all_keys(block, ()))
     problems = []
     try:
-        Recipe.model_validate(trial.values)
+        kind.model_validate(trial.values)
     except ValidationError as error:
         for details in error.errors():
             key = _location(details["loc"])
             if key in own and details["type"] != "combination":
-                text = describe(details, key)
+                text = describe(details, key, kind)
                 problems.append(_Problem(trial.origin(key), dotted((*at, *key)), text))
     return problems
 
 
-def _check(settings: Settings) -> tuple[Recipe | None, list[_Problem]]:
+def _check(settings: Settings, kind: type[Step]) -> tuple[Step | None, list[_Problem]]:
     """Validate; where keys are wrong, check how the others go together all the same."""
     try:
-        return Recipe.model_validate(settings.values), []
+        return kind.model_validate(settings.values), []
     except ValidationError as error:
         problems = []
         rest = copy.deepcopy(settings.values)
@@ -305,14 +349,14 @@ def _check(settings: Settings) -> tuple[Recipe | None, list[_Problem]]:
             key = _location(details["loc"])
             if details["type"] == "combination":
                 return None, _combination_problems(settings, details["ctx"]["problems"])
-            text = describe(details, key)
+            text = describe(details, key, kind)
             problems.append(_Problem(settings.origin(key), dotted(key), text))
             remove_value(rest, key)
     # What is required gets a stand-in, so that only combinations can still be wrong.
-    for section, name in (("model", "base"), ("data", "train")):
+    for section, name in required_keys(kind):
         rest.setdefault(section, {}).setdefault(name, "-")
     try:
-        Recipe.model_validate({"stage": "sft", "name": "-", **rest})
+        kind.model_validate({"stage": "sft", "name": "-", **rest})
     except ValidationError as error:
         for details in error.errors():
             if details["type"] == "combination":

@@ -9,7 +9,7 @@ from typing import Any
 from pydantic import BaseModel
 from pydantic_core import ErrorDetails
 
-from finetune.recipe.schema import Recipe, Source
+from finetune.recipe.schema import Recipe, Source, Step
 from finetune.recipe.yaml_text import Key
 
 FILE_KEYS = ("for_base", "pipeline")
@@ -73,16 +73,27 @@ _COMPARISONS = {
 
 
 @cache
-def known_keys() -> dict[str, bool]:
+def known_keys(recipe: type[Step] = Recipe) -> dict[str, bool]:
     """Every dotted key of a recipe, in schema order; the value says whether it is a section."""
     keys: dict[str, bool] = {}
-    for name, field in Recipe.model_fields.items():
+    for name, field in recipe.model_fields.items():
         section = field.annotation
         is_section = isinstance(section, type) and issubclass(section, BaseModel)
         keys[name] = is_section
         if isinstance(section, type) and issubclass(section, BaseModel):
             keys |= {f"{name}.{leaf}": False for leaf in section.model_fields}
     return keys
+
+
+def required_keys(recipe: type[Step] = Recipe) -> list[tuple[str, str]]:
+    """(section, key) of every key in a section that has no default."""
+    return [
+        (name, leaf)
+        for name, field in recipe.model_fields.items()
+        if isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel)
+        for leaf, setting in field.annotation.model_fields.items()
+        if setting.is_required()
+    ]
 
 
 def dotted(key: Key) -> str:
@@ -93,11 +104,11 @@ def dotted(key: Key) -> str:
     return text
 
 
-def missing_key(key: Key) -> str:
+def missing_key(key: Key, recipe: type[Step] = Recipe) -> str:
     """Say that a key is required, and what it is for; of a section, which keys are."""
     if len(key) > 2:  # an entry of data.train
         return f"required, and not given: {Source.model_fields[str(key[-1])].description}"
-    field = Recipe.model_fields[str(key[0])]
+    field = recipe.model_fields[str(key[0])]
     section = field.annotation
     if isinstance(section, type) and issubclass(section, BaseModel):
         if len(key) == 1:
@@ -107,13 +118,13 @@ def missing_key(key: Key) -> str:
     return "required, and not given" + (f": {field.description}" if field.description else "")
 
 
-def unknown_key(key: Key) -> str:
+def unknown_key(key: Key, recipe: type[Step] = Recipe) -> str:
     """Say that a key is not known, and which one was probably meant."""
-    near = suggest(key)
+    near = suggest(key, recipe)
     return "unknown key" + (f"; did you mean {' or '.join(near)}?" if near else "")
 
 
-def suggest(key: Key) -> list[str]:
+def suggest(key: Key, recipe: type[Step] = Recipe) -> list[str]:
     """The known keys nearest to an unknown one, best first: at most two, or none.
 
     A key in the wrong section is found, and so is a misspelt key of any section.
@@ -121,7 +132,7 @@ def suggest(key: Key) -> list[str]:
     leaf = str(key[-1])
     if any(isinstance(part, int) for part in key):  # inside an entry of data.train
         return difflib.get_close_matches(leaf, list(Source.model_fields), n=1)
-    known = known_keys()
+    known = known_keys(recipe)
     by_leaf: dict[str, list[str]] = {}
     for name in (*known, *(FILE_KEYS if len(key) == 1 else ())):
         by_leaf.setdefault(name.rpartition(".")[2], []).append(name)
@@ -138,13 +149,13 @@ def suggest(key: Key) -> list[str]:
     return []
 
 
-def describe(error: ErrorDetails, key: Key) -> str:
+def describe(error: ErrorDetails, key: Key, recipe: type[Step] = Recipe) -> str:
     """One pydantic error about a key in the words of this toolkit: what was expected, what was found."""
     kind, found, context = error["type"], error["input"], error.get("ctx", {})
     if kind == "extra_forbidden":
-        return unknown_key(key)
+        return unknown_key(key, recipe)
     if kind == "missing":
-        return missing_key(key)
+        return missing_key(key, recipe)
     if kind in _EXPECTED:
         remedy = ""
         if kind == "string_type" and isinstance(found, (bool, int, float, dict)):

@@ -9,24 +9,26 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import (
     BaseModel,
+    BeforeValidator,
     ConfigDict,
     Discriminator,
     Field,
     PrivateAttr,
     Tag,
+    field_serializer,
     field_validator,
     model_validator,
 )
 from pydantic_core import PydanticCustomError
 
-from finetune.recipe.combinations import METHOD_KEYS
+from finetune.recipe.combinations import METHOD_KEYS, Problem
 from finetune.recipe.combinations import find as find_problems
 from finetune.recipe.yaml_text import dump_yaml
-from finetune.stages import STAGES
+from finetune.stage_table import STAGES
 
 DataFormat = Literal["auto", "sharegpt", "messages", "alpaca", "prompt_response", "text"]
 Text = Annotated[str, Field(min_length=1)]
@@ -34,11 +36,13 @@ Text = Annotated[str, Field(min_length=1)]
 _TOOLKIT_ROOT = Path(__file__).resolve().parents[2]
 
 
-class _Section(BaseModel):
+class Section(BaseModel):
+    """A group of settings: unknown keys are refused, types are strict."""
+
     model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False, protected_namespaces=())
 
 
-class Model(_Section):
+class Model(Section):
     """Which base, from where, and in what precision it is held."""
 
     base: Text = Field(
@@ -62,7 +66,7 @@ class Model(_Section):
     ] = Field(default="auto", description="attention implementation; auto is sdpa, which every machine has")
 
 
-class Adapter(_Section):
+class Adapter(Section):
     """The trainable part. Each method has its own keys (METHOD_KEYS)."""
 
     method: Literal["lora", "ptuning", "prefix"] = Field(default="lora", description="kind of adapter")
@@ -90,8 +94,8 @@ class Adapter(_Section):
     num_virtual_tokens: int = Field(
         default=20, gt=0, description="ptuning, prefix: number of trained vectors in front"
     )
-    encoder: Literal["mlp", "lstm"] = Field(
-        default="mlp", description="ptuning: network that produces the vectors"
+    encoder: Literal["mlp", "lstm", "none"] = Field(
+        default="mlp", description="ptuning: network that produces the vectors; none trains them directly"
     )
     encoder_hidden_size: int | None = Field(
         default=None,
@@ -124,7 +128,7 @@ class Adapter(_Section):
         return init
 
 
-class Source(_Section):
+class Source(Section):
     """One data file (or hub data set) of several."""
 
     path: Text = Field(description="file, folder, pattern, or hub:OWNER/NAME[:SPLIT]")
@@ -165,7 +169,7 @@ Sources = Annotated[
 ]
 
 
-class Data(_Section):
+class Data(Section):
     """What to learn from and how it is cut into examples."""
 
     train: Sources = Field(
@@ -213,14 +217,30 @@ class Data(_Section):
         return [entry.model_copy(update={"format": entry.format or self.format}) for entry in full]
 
 
-class Train(_Section):
+AUTO = 0
+"""`train.batch_size: auto`, until the run knows the device and decides."""
+
+
+def _batch_size(value: Any) -> Any:
+    if value == "auto":
+        return AUTO
+    if isinstance(value, int) and not isinstance(value, bool) and value < 1:
+        raise ValueError(f"expected a number of at least 1, or auto, found {value}")
+    return value
+
+
+class Train(Section):
     """Optimisation, evaluation and checkpoints."""
 
     epochs: float = Field(default=3.0, gt=0, description="passes over the training data")
     max_steps: int | None = Field(
         default=None, gt=0, description="stop after so many optimiser steps; null is by epochs"
     )
-    batch_size: int = Field(default=4, ge=1, description="examples (or packs) on each device at once")
+    batch_size: Annotated[int, BeforeValidator(_batch_size)] = Field(
+        default=4,
+        description="examples (or packs) on each device at once; auto takes the largest divisor of "
+        "gradient_accumulation that fits and accumulates the rest",
+    )
     eval_batch_size: int | None = Field(
         default=None, ge=1, description="the same in evaluation; null is batch_size"
     )
@@ -258,28 +278,30 @@ class Train(_Section):
         default=0.0, ge=0, description="weight of the max-z loss (2e-4 in Baichuan 2's pre-training)"
     )
 
+    @field_serializer("batch_size")
+    def _write_batch_size(self, value: int) -> int | str:
+        return "auto" if value == AUTO else value
 
-class Report(_Section):
+
+class Report(Section):
     """What report.html shows of the answers."""
 
     samples: int = Field(default=8, ge=0, description="held-out prompts answered before and after training")
     max_new_tokens: int = Field(default=256, ge=1, description="longest answer among the samples, in tokens")
 
 
-class Recipe(_Section):
-    """One run: `stage` says what is done with the rest."""
+class Step(Section):
+    """Anything that a file can have done: `stage` says what, the sections of a derived class with what."""
 
     name: Annotated[str, Field(min_length=1, pattern=r"^[^/\\\x00]+$")] = Field(
         description="name of the run; the recipe's file name where not given"
     )
     stage: str = Field(description="what to do: " + ", ".join(STAGES))
     seed: int = Field(default=42, ge=0, lt=2**32, description="seed of everything random")
-    model: Model
-    adapter: Adapter = Field(default_factory=Adapter)
-    data: Data
-    train: Train = Field(default_factory=Train)
-    report: Report = Field(default_factory=Report)
-    output_dir: str = Field(default="", description="run folder; runs/NAME where not given")
+    output_dir: str = Field(default="", description="folder to write; runs/NAME where not given")
+
+    unread: ClassVar[frozenset[str]] = frozenset()
+    """Dotted keys that the class inherits and its stage has no use for."""
 
     _file: Path | None = PrivateAttr(None)
 
@@ -291,19 +313,22 @@ class Recipe(_Section):
         return stage
 
     @model_validator(mode="after")
-    def _complete(self) -> Recipe:
+    def _complete(self) -> Step:
         """Fill in defaults that depend on other settings; refuse what cannot work together."""
         self.output_dir = self.output_dir or f"runs/{self.name}"
-        # Prompt vectors stand in front of one document, and a prefix lives in the key/value cache.
-        if self.adapter.method != "lora" and "packing" not in self.data.model_fields_set:
-            self.data.packing = False
-        if self.adapter.method == "prefix" and "gradient_checkpointing" not in self.train.model_fields_set:
-            self.train.gradient_checkpointing = False
-        problems = find_problems(self)
+        self.fill_in()
+        problems = self.problems()
         if problems:
             text = "; ".join(f"{key}: {reason}" for key, reason in problems)
             raise PydanticCustomError("combination", "{text}", {"text": text, "problems": problems})
         return self
+
+    def fill_in(self) -> None:
+        """Set defaults that depend on other settings."""
+
+    def problems(self) -> list[Problem]:
+        """Settings that cannot work together, each with its key, the reason and the remedy."""
+        return []
 
     @property
     def file(self) -> Path | None:
@@ -321,12 +346,43 @@ class Recipe(_Section):
         roots = [Path(), *([self._file.resolve().parent.parent] if self._file else []), _TOOLKIT_ROOT]
         return next((str(root / plain) for root in roots if (root / plain).exists()), path)
 
-    def dump(self) -> str:
-        """The effective recipe as YAML, in schema order: running it repeats the run.
+    def settings(self) -> dict[str, Any]:
+        """All settings in schema order, defaults filled in."""
+        settings = self.model_dump()
+        settings["output_dir"] = settings.pop("output_dir")  # behind the sections
+        return settings
 
-        Keys that the adapter's method does not read are left out; paths stand as they were given.
-        """
-        data = self.model_dump()
+    def dump(self) -> str:
+        """The effective recipe as YAML: running it repeats the run; paths stand as they were given."""
+        return dump_yaml(self.settings())
+
+
+class Recipe(Step):
+    """A run that trains.
+
+    A stage may have a class of its own, derived from this one, with further sections and keys (`STAGES`).
+    """
+
+    model: Model
+    adapter: Adapter = Field(default_factory=Adapter)
+    data: Data
+    train: Train = Field(default_factory=Train)
+    report: Report = Field(default_factory=Report)
+
+    def fill_in(self) -> None:
+        """Prompt vectors stand in front of one document, and a prefix lives in the key/value cache."""
+        if self.adapter.method != "lora" and "packing" not in self.data.model_fields_set:
+            self.data.packing = False
+        if self.adapter.method == "prefix" and "gradient_checkpointing" not in self.train.model_fields_set:
+            self.train.gradient_checkpointing = False
+
+    def problems(self) -> list[Problem]:
+        """Settings that cannot work together; a stage with a recipe class of its own adds what it cannot do."""
+        return find_problems(self)
+
+    def settings(self) -> dict[str, Any]:
+        """All settings; keys that the adapter's method does not read are left out."""
+        settings = super().settings()
         keys = ("method", *METHOD_KEYS[self.adapter.method])
-        data["adapter"] = {key: value for key, value in data["adapter"].items() if key in keys}
-        return dump_yaml(data)
+        settings["adapter"] = {key: value for key, value in settings["adapter"].items() if key in keys}
+        return settings

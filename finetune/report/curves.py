@@ -18,7 +18,7 @@ MAX_POINTS = 800
 SMOOTHED_SHARE = 0.05
 _TIMING = ("runtime", "per_second", "flos")
 _KNOWN = {"step", "epoch", "loss", "eval_loss", "learning_rate", "grad_norm", "tokens", "tokens_per_second"}
-_SHOWN_ELSEWHERE = {"peak_memory_bytes", "train_loss", "num_tokens", "num_input_tokens_seen"}
+_SHOWN_ELSEWHERE = {"peak_memory_bytes", "seconds", "train_loss", "num_tokens", "num_input_tokens_seen"}
 MAX_FURTHER_CHARTS = 12
 
 
@@ -109,8 +109,19 @@ def _with_smoothing(label: str, points: Points) -> list[Line]:
     return [Line(label, points, faint=True), Line(f"{label}, smoothed", smooth(points))]
 
 
+def plain_chart(title: str, lines: list[Line], *, x_name: str) -> Chart | None:
+    """A chart over something else than steps; None if no line has two points."""
+    return _chart(title, lines, number, x_name=x_name)
+
+
 def _chart(
-    title: str, lines: list[Line], label: Callable[[float], str], *, from_zero: bool = False, x_count: int = 4
+    title: str,
+    lines: list[Line],
+    label: Callable[[float], str],
+    *,
+    from_zero: bool = False,
+    x_count: int = 4,
+    x_name: str = "step",
 ) -> Chart | None:
     lines = [line for line in lines if line.points]
     if max((len(line.points) for line in lines), default=0) < 2:
@@ -119,8 +130,11 @@ def _chart(
         line.points = thin(line.points)
     steps = [step for line in lines for step, _ in line.points]
     values = [value for line in lines for _, value in line.points]
-    left, right = min(steps), max(max(steps), min(steps) + 1)
-    left = 0 if 0 < left <= right / 10 else left
+    by_step = x_name == "step"
+    left, right = min(steps), max(steps)
+    if right <= left:
+        right = left + 1
+    left = 0 if by_step and 0 < left <= right / 10 else left
     y_values = nice_ticks(min(0.0, *values) if from_zero else min(values), max(values))
     bottom, top = y_values[0], y_values[-1]
 
@@ -134,28 +148,33 @@ def _chart(
         corners = [f"{SIDE * x(step):.1f} {SIDE * y(value):.1f}" for step, value in line.points]
         line.path = "M" + "L".join(corners)
         line.dots = "".join(f"M{corner}h0" for corner in corners) if line.markers else ""
-    step_ticks = [s for s in nice_ticks(left, right, count=x_count, whole=True) if left <= s <= right]
+    step_ticks = [s for s in nice_ticks(left, right, count=x_count, whole=by_step) if left <= s <= right]
     return Chart(
         title=title,
         lines=lines,
-        summary=f"{title} by step. " + " ".join(_in_words(line, label) for line in lines if not line.faint),
-        x_ticks=[Tick(100 * x(s), compact(s)) for s in step_ticks],
+        summary=f"{title} by {x_name}. "
+        + " ".join(_in_words(line, label, x_name) for line in lines if not line.faint),
+        x_ticks=[Tick(100 * x(s), compact(s) if by_step else number(s)) for s in step_ticks],
         y_ticks=[Tick(100 * y(value), label(value)) for value in y_values],
-        readout=_readout(lines, (left, right, bottom, top), label),
+        readout=_readout(lines, (left, right, bottom, top), label, x_name),
     )
 
 
-def _in_words(line: Line, label: Callable[[float], str]) -> str:
+def _in_words(line: Line, label: Callable[[float], str], x_name: str) -> str:
     (_, first), (last_step, last) = line.points[0], line.points[-1]
-    return f"{line.label}: from {label(first)} to {label(last)} at step {last_step}."
+    return f"{line.label}: from {label(first)} to {label(last)} at {x_name} {last_step:.10g}."
 
 
 def _readout(
-    lines: list[Line], bounds: tuple[float, float, float, float], label: Callable[[float], str]
+    lines: list[Line],
+    bounds: tuple[float, float, float, float],
+    label: Callable[[float], str],
+    x_name: str,
 ) -> dict[str, object]:
     """What the page's script needs to name the values under the pointer."""
     return {
         "bounds": bounds,
+        "x_name": x_name,
         "lines": [
             {
                 "label": line.label,

@@ -59,9 +59,11 @@ class DataSection:
     tables: list[Table] = field(default_factory=list)
     bad_rows: list[tuple[str, str]] = field(default_factory=list)
     bad_rows_left_out: int = 0
+    odd_rows: list[tuple[str, str]] = field(default_factory=list)
+    odd_rows_left_out: int = 0
 
     def __bool__(self) -> bool:
-        return bool(self.warnings or self.facts or self.tables or self.bad_rows)
+        return bool(self.warnings or self.facts or self.tables or self.bad_rows or self.odd_rows)
 
 
 def data_section(data: dict[str, Any]) -> DataSection:
@@ -69,6 +71,7 @@ def data_section(data: dict[str, Any]) -> DataSection:
     rest = {key: value for key, value in data.items() if key not in _SKIPPED}
     sets = {name: part for name in ("train", "validation") if isinstance(part := rest.pop(name, None), dict)}
     bad = [row for row in _list_of_objects(rest.pop("bad_rows", None)) if "reason" in row]
+    odd = [row for row in _list_of_objects(rest.pop("odd_rows", None)) if "reason" in row]
     tables = [
         _table(
             "Data sets", {"set": "", **_SET_COLUMNS}, [{"set": name, **part} for name, part in sets.items()]
@@ -81,6 +84,8 @@ def data_section(data: dict[str, Any]) -> DataSection:
         tables=[table for table in tables if table.rows],
         bad_rows=[(_where(row), str(row["reason"])) for row in bad[:MAX_BAD_ROWS]],
         bad_rows_left_out=max(0, len(bad) - MAX_BAD_ROWS),
+        odd_rows=[(_where(row), str(row["reason"])) for row in odd[:MAX_BAD_ROWS]],
+        odd_rows_left_out=max(0, len(odd) - MAX_BAD_ROWS),
     )
 
 

@@ -1,23 +1,12 @@
-"""Reading and writing the small files of a run folder."""
+"""Reading the small files of a run folder."""
 
 from __future__ import annotations
 
 import json
-import os
 from pathlib import Path
 from typing import Any
 
 from finetune.errors import UserError
-
-
-def write_atomically(path: Path, text: str) -> None:
-    """Write `text` so that whoever looks at `path` sees the whole of it or what was there before."""
-    scratch = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        scratch.write_text(text, encoding="utf-8")
-        os.replace(scratch, path)
-    finally:
-        scratch.unlink(missing_ok=True)
 
 
 def read_jsonl(path: Path) -> list[dict[str, Any]]:

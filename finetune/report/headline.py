@@ -33,7 +33,7 @@ class Card:
 
 def cards(run: RunFolder) -> list[Card]:
     """The cards that the run's files allow, the most telling first."""
-    makers = (_validation_loss, _char_f1, _trainable, _time, _throughput, _memory)
+    makers = (_validation_loss, _accuracy, _reward, _char_f1, _trainable, _time, _throughput, _memory)
     return [card for maker in makers if (card := maker(run))]
 
 
@@ -53,6 +53,24 @@ def _validation_loss(run: RunFolder) -> Card | None:
         return Card("Validation loss", f"{after:.3f}", note=note)
     change = percent(after / before - 1, signed=True) if before > 0 else ""
     return Card("Validation loss", f"{after:.3f}", f"{before:.3f}", change, after < before, note)
+
+
+def _accuracy(run: RunFolder) -> Card | None:
+    accuracy = run.result.get("eval_accuracy")
+    if not is_number(accuracy):
+        return None
+    return Card("Held-out accuracy", percent(accuracy), note="pairs of responses in the right order")
+
+
+def _reward(run: RunFolder) -> Card | None:
+    """Of PPO: the mean reward of the first and the last iteration, in deviations of the first one's."""
+    first, last, spread = (run.result.get(f"reward_{key}") for key in ("first", "last", "std_first"))
+    if not is_number(first) or not is_number(last):
+        return None
+    change = f"{(last - first) / spread:+.1f} deviations" if is_number(spread) and spread > 0 else ""
+    kl = run.result.get("kl_last")
+    note = f"KL {kl:.2f} nats a response" if is_number(kl) else ""
+    return Card("Mean reward", f"{last:.3f}", f"{first:.3f}", change, last > first, note)
 
 
 def _char_f1(run: RunFolder) -> Card | None:

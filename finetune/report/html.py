@@ -7,13 +7,14 @@ import hashlib
 from datetime import datetime
 from pathlib import Path
 
+from finetune.files import write_text
 from finetune.report import page
 from finetune.report.curves import charts
 from finetune.report.data_summary import data_section
-from finetune.report.files import write_atomically
 from finetune.report.formatting import plain_text
 from finetune.report.headline import cards
 from finetune.report.run_folder import RunFolder, read_run
+from finetune.report.sections import sections_of
 
 REPORT_FILE = "report.html"
 TEMPLATES = Path(__file__).resolve().parent / "templates"
@@ -36,7 +37,7 @@ def build_report(run_dir: Path | str) -> Path:
     """
     run = read_run(Path(run_dir))
     path = run.path / REPORT_FILE
-    write_atomically(path, render(run))
+    write_text(path, render(run))
     return path
 
 
@@ -63,9 +64,10 @@ def render(run: RunFolder) -> str:
         metric_rows=page.metric_rows(run.samples),
         samples=page.sample_cards(run.samples),
         data=data_section(run.data),
+        sections=sections_of(run.sections),
         settings=page.settings(run.recipe),
         recipe_text=yaml.safe_dump(run.recipe, allow_unicode=True, sort_keys=False),
-        environment=page.facts(run.environment),
+        environment=page.facts({k: v for k, v in run.environment.items() if k != "earlier"}),
         commands=page.commands(run),
         built=datetime.now().strftime("%Y-%m-%d %H:%M"),
         style=Markup((TEMPLATES / "report.css").read_text(encoding="utf-8")),

@@ -6,15 +6,15 @@ import json
 from pathlib import Path, PurePath
 from typing import Any
 
-from finetune.report.files import write_atomically
+from finetune.baichuan.nano import NANO_MODELS
+from finetune.files import write_text
 from finetune.report.formatting import compact, duration, is_number, percent, plain_text
-from finetune.report.page import METRIC_NAMES, facts
+from finetune.report.page import METRIC_NAMES, STAGE_NAMES, facts
 
 CARD_FILE = "README.md"
 _TEMPLATES = Path(__file__).resolve().parent / "templates"
-_STAGES = {"sft": "supervised fine-tuning", "pretrain": "continued pre-training"}
 _METHODS = {"lora": "LoRA", "ptuning": "P-Tuning", "prefix": "Prefix-tuning"}
-_SHOWN_SECTIONS = ("model", "adapter", "data", "train")
+_SHOWN_SECTIONS = ("model", "adapter", "data", "reward", "dpo", "ppo", "train")
 
 
 def write_model_card(adapter_dir: Path | str, info: dict[str, Any]) -> Path:
@@ -32,7 +32,7 @@ def write_model_card(adapter_dir: Path | str, info: dict[str, Any]) -> Path:
         published.
     """
     path = Path(adapter_dir) / CARD_FILE
-    write_atomically(path, _render(info))
+    write_text(path, _render(info))
     return path
 
 
@@ -60,14 +60,16 @@ def _render(info: dict[str, Any]) -> str:
     adapter = recipe.get("adapter") or {}
     model = recipe.get("model") or {}
     method = str(adapter.get("method") or "")
-    quantised = method == "lora" and model.get("quantization") not in (None, "none")
+    quantization = str(model.get("quantization") or "none")
+    quantised = method == "lora" and quantization != "none"
     base = _public(str(model.get("base") or result.get("base") or "Baichuan 2"))
     base_model = info.get("base_model")
+    is_reward = recipe.get("stage") == "reward"
     licence_fields = licence(str(base_model or base))
     front_matter = {
         **({"base_model": base_model} if base_model else {}),
         "library_name": "peft",
-        "pipeline_tag": "text-generation",
+        "pipeline_tag": "text-classification" if is_reward else "text-generation",
         "language": ["zh"],
         **licence_fields,
         "tags": [
@@ -88,8 +90,13 @@ def _render(info: dict[str, Any]) -> str:
         name=_cell(recipe.get("name") or "adapter"),
         base=base,
         base_in_code=json.dumps(base_model or f"path/to/{base}"),
+        built_here=base_model in NANO_MODELS,
+        quantization=quantization,
+        is_reward=is_reward,
+        helpers=["quantization_config"] * (quantization != "none")
+        + ["resolve_base"] * (base_model in NANO_MODELS),
         method=("QLoRA" if quantised else _METHODS.get(method, method)) or "Fine-tuned",
-        stage=_STAGES.get(str(recipe.get("stage")), str(recipe.get("stage") or "")),
+        stage=STAGE_NAMES.get(str(recipe.get("stage")), str(recipe.get("stage") or "")),
         numbers=_numbers(result, info.get("scores") or {}),
         sample_count=info.get("sample_count"),
         training=_training(recipe, result, info.get("environment") or {}),

@@ -12,6 +12,14 @@ from finetune.report.run_folder import RunFolder
 from finetune.report.samples import Sample, mean_scores
 
 SHORTEST_MATCH = 2
+STAGE_NAMES = {
+    "sft": "supervised fine-tuning",
+    "pretrain": "continued pre-training",
+    "reward": "reward model",
+    "dpo": "direct preference optimisation",
+    "ppo": "reinforcement learning (PPO)",
+    "merge": "merge into plain weights",
+}
 METRIC_NAMES = {"char_f1": "Character F1", "rouge_l": "ROUGE-L", "distinct_2": "Distinct-2"}
 
 Facts = list[tuple[str, str]]
@@ -26,9 +34,7 @@ def subtitle(run: RunFolder) -> str:
     )
     if method == "LoRA" and quantization not in (None, "none"):
         method = f"QLoRA ({quantization})"
-    stage = {"sft": "supervised fine-tuning", "pretrain": "continued pre-training"}.get(
-        str(run.recipe.get("stage")), str(run.recipe.get("stage") or "")
-    )
+    stage = STAGE_NAMES.get(str(run.recipe.get("stage")), str(run.recipe.get("stage") or ""))
     base = run.result.get("base") or model.get("base") or ""
     return " · ".join(part for part in (str(base), method, stage) if part)
 
@@ -43,6 +49,7 @@ def notices(run: RunFolder) -> list[str]:
     broken = [row["step"] for row in run.metrics if "loss" in row and not is_number(row["loss"])]
     if broken:
         found.append(f"The loss was not a finite number at step {broken[0]:,}.")
+    found += [str(warning) for warning in run.result.get("warnings") or []]
     return found + [f"Left out, because it cannot be read: {message}" for message in run.unreadable]
 
 
@@ -148,11 +155,11 @@ def commands(run: RunFolder) -> list[tuple[str, str]]:
         return [("Continue this run", f"python -m finetune run {recipe} --resume")]
     lines = []
     base, adapter = run.result.get("base"), run.result.get("adapter")
-    if base and adapter:
+    if base and adapter and run.recipe.get("stage") != "reward":  # which is no language model
         model, weights = shlex.quote(str(base)), shlex.quote(str(adapter))
         merged = shlex.quote(f"{folder}/merged")
         lines.append(("Talk to the result", f"python -m finetune chat --model {model} --adapter {weights}"))
-        if (run.recipe.get("adapter") or {}).get("method") == "lora":
+        if (run.recipe.get("adapter") or {}).get("method") in ("lora", "ptuning"):
             lines.append(
                 (
                     "Merge it into plain weights",

@@ -11,7 +11,7 @@ from finetune.report.files import read_json, read_jsonl
 from finetune.report.formatting import is_number
 from finetune.report.samples import Sample, read_samples
 
-Points = list[tuple[int, float]]
+Points = list[tuple[float, float]]
 
 
 @dataclass
@@ -26,6 +26,7 @@ class RunFolder:
         data: what was found in the data (`data_report.json`).
         metrics: the lines of `metrics.jsonl`, in the order of their steps.
         samples: prompts with their answers.
+        sections: what the stage adds, see `finetune.report.sections`.
         unreadable: messages about files that are there but broken.
     """
 
@@ -36,6 +37,7 @@ class RunFolder:
     data: dict[str, Any] = field(default_factory=dict)
     metrics: list[dict[str, Any]] = field(default_factory=list)
     samples: list[Sample] = field(default_factory=list)
+    sections: dict[str, Any] = field(default_factory=dict)
     unreadable: list[str] = field(default_factory=list)
 
     @property
@@ -72,6 +74,7 @@ def read_run(run_dir: Path) -> RunFolder:
     run.environment = _tolerant(run, "environment.json", read_json) or {}
     run.result = _tolerant(run, "result.json", read_json) or {}
     run.data = _tolerant(run, "data_report.json", read_json) or {}
+    run.sections = _tolerant(run, "sections.json", read_json) or {}
     run.metrics = _in_order(_tolerant(run, "metrics.jsonl", read_jsonl) or [])
     run.samples = _tolerant(run, "samples.jsonl", lambda path: read_samples(path.parent)) or []
     return run

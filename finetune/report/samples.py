@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from finetune.errors import UserError
-from finetune.report.files import read_jsonl, write_atomically
+from finetune.files import write_text
+from finetune.report.files import read_jsonl
 from finetune.report.formatting import is_number, plain_text
 
 if TYPE_CHECKING:
@@ -67,7 +68,7 @@ def mean_scores(samples: Iterable[Sample]) -> dict[str, float]:
 def write_samples(run_dir: Path, samples: Iterable[Sample]) -> Path:
     """Write `samples.jsonl`, whole or not at all; returns its path."""
     path = Path(run_dir) / SAMPLES_FILE
-    write_atomically(path, "".join(json.dumps(_to_row(s), ensure_ascii=False) + "\n" for s in samples))
+    write_text(path, "".join(json.dumps(_to_row(s), ensure_ascii=False) + "\n" for s in samples))
     return path
 
 
@@ -142,3 +143,7 @@ def print_samples_table(
     table.add_section()
     table.add_row(Text(f"mean of {len(samples)}", style="bold"), "", "", *f1(mean_scores(samples)))
     console.print(table)
+    if shown < len(samples):
+        console.print(
+            f"{shown} of {len(samples)} answers; all are in the report", style="dim", highlight=False
+        )

@@ -115,6 +115,14 @@ DATA_REPORT: dict[str, Any] = {
             (290, "message 2 (assistant) is empty"),
         )
     ],
+    "odd_rows": [
+        {
+            "file": "examples/data/medical/train.jsonl",
+            "line": 31,
+            "unit": "line",
+            "reason": "an answer begins with '，'",
+        }
+    ],
     "train": {
         "rows": 25,
         "tokens": _TRAIN_TOKENS,

@@ -13,7 +13,7 @@ from finetune.recipe import Recipe, load_pipeline, load_recipe, run_recipe
 from finetune.recipe.messages import known_keys, suggest
 from finetune.recipe.schema import Adapter, Data, Model, Report, Train
 from finetune.recipe.yaml_text import parse_yaml
-from finetune.stages import STAGES
+from finetune.stage_table import STAGES
 
 MINIMAL = "stage: sft\nmodel:\n  base: baichuan2-7b-chat\ndata:\n  train: train.jsonl\n"
 
@@ -198,7 +198,7 @@ def test_dump_repeats_the_run(write: Write, method: str) -> None:
 
 def test_dump_is_in_schema_order_with_the_methods_own_keys(write: Write) -> None:
     plain = yaml.safe_load(load_recipe(write(MINIMAL), ["adapter.method=prefix"]).dump())
-    assert list(plain) == list(Recipe.model_fields)
+    assert list(plain) == [*(name for name in Recipe.model_fields if name != "output_dir"), "output_dir"]
     assert set(plain["adapter"]) == {
         "method",
         "num_virtual_tokens",
@@ -307,7 +307,7 @@ train:
     assert lines[0] == f"recipes/test.yaml: {len(lines) - 1} problems"
     at = "recipes/test.yaml"
     expected = [
-        f"{at}:1: stage: expected one of pretrain, sft, found 'sfft'",
+        f"{at}:1: stage: expected one of {', '.join(STAGES)}, found 'sfft'",
         f"{at}:2: learning_rate: unknown key; did you mean train.learning_rate?",
         f"{at}:6: model.quantization: given twice, first in line 5",
         f"{at}:6: model.quantization: expected one of none, int8, nf4, found 'nf5' (text); did you mean nf4?",
@@ -319,7 +319,7 @@ train:
         f"{at}:13: data.train[3]: expected a path or {{path: ..., weight: ..., format: ...}}, found 5",
         f"{at}:14: data.max_length: expected at least 16, found 3",
         f"{at}:16: data.validation_share: data.validation names held-out data already: remove one of the two",
-        f"{at}:18: train.batch_size: expected at least 1, found 0",
+        f"{at}:18: train.batch_size: expected a number of at least 1, or auto, found 0",
         f"{at}:19: train.betas: expected 2 entries, found a list of 1",
         f"{at}:20: train.epochs: expected a number, found '3' (text)",
         f"{at}:21: train.learning_rate: expected a finite number, found nan",
@@ -401,6 +401,11 @@ def test_names_are_no_paths(write: Write, name: str) -> None:
         (["adapter.init=orthogonal", "adapter.rank=3"], "adapter.rank", "set it to 4"),
         (["adapter.method=prefix", "adapter.encoder_hidden_size=8"], "adapter.encoder_hidden_size", "true"),
         (["adapter.method=ptuning", "adapter.encoder_layers=3"], "adapter.encoder_layers", "lstm"),
+        (
+            ["adapter.method=ptuning", "adapter.encoder=none", "adapter.encoder_hidden_size=8"],
+            "adapter.encoder_hidden_size",
+            "mlp or lstm",
+        ),
         (["adapter.num_virtual_tokens=3"], "adapter.num_virtual_tokens", "method ptuning and prefix"),
         (["data.validation=v", "data.validation_share=0.1"], "data.validation_share", "one of the two"),
         (["train.eval_every=5"], "train.eval_every", "data.validation_share"),
@@ -423,6 +428,7 @@ def test_combinations_that_cannot_work(write: Write, overrides: list[str], key: 
         ["adapter.init=pissa"],
         ["adapter.init=loftq"],
         ["adapter.method=ptuning", "adapter.encoder=lstm", "adapter.encoder_layers=3"],
+        ["adapter.method=ptuning", "adapter.encoder=none"],
         ["adapter.method=prefix", "adapter.prefix_projection=true", "adapter.encoder_hidden_size=8"],
         ["data.validation_share=0.1", "train.eval_every=5"],
         ["train.schedule=cosine", "train.warmup_ratio=0.1"],
@@ -507,8 +513,9 @@ def test_run_recipe_refuses_contradictions(write: Write) -> None:
 
 
 def test_stages_name_modules_and_functions() -> None:
-    assert {"pretrain", "sft"} <= set(STAGES)
-    assert all(target.count(":") == 1 for target in STAGES.values())
+    assert {"pretrain", "sft", "reward", "dpo", "ppo"} <= set(STAGES)
+    for stage in STAGES.values():
+        assert all(target.count(":") == 1 for target in (stage.run, stage.recipe, stage.check))
 
 
 def test_known_keys_are_complete() -> None:

@@ -378,8 +378,9 @@ def test_commands_quote_and_fit_the_method(tmp_path: Path) -> None:
     assert any("chat --model baichuan2-nano --adapter runs/qlora_medical/adapter" in line for line in lines)
     assert any("merge" in line for line in lines)
     assert any(f"run '{tmp_path}/my run/recipe.yaml'" in line for line in lines)
-    run.recipe["adapter"]["method"] = "ptuning"
-    assert not any("merge" in line for _, line in commands(run))
+    for method, merges in (("ptuning", True), ("prefix", False)):
+        run.recipe["adapter"]["method"] = method
+        assert any("merge" in line for _, line in commands(run)) == merges
 
 
 def test_agreeing_words_are_marked() -> None:
