@@ -38,6 +38,7 @@ _REQUIRED = {
     "sentencepiece": "reading Baichuan's tokenizer.model",
     "tokenizers": "tokenisation",
     "safetensors": "reading and writing weights",
+    "scikit-learn": "classifying prompts",
 }
 # module, what it is for, how to get it
 _OPTIONAL = [

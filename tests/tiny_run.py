@@ -52,7 +52,7 @@ def write_recipe(folder: Path, base: Path | str, **sections: dict[str, Any] | st
     if sections.get("adapter", {}).get("method", "lora") != "lora":  # type: ignore[union-attr]
         del recipe["adapter"]["rank"]
     for key, value in sections.items():
-        recipe[key] = {**recipe[key], **value} if isinstance(value, dict) else value
+        recipe[key] = {**recipe.get(key, {}), **value} if isinstance(value, dict) else value
     path = folder / "recipe.yaml"
     path.write_text(yaml.safe_dump(recipe, allow_unicode=True), encoding="utf-8")
     return str(path)
@@ -95,9 +95,9 @@ def wait_for(process: subprocess.Popen[str], condition: Callable[[], bool]) -> N
 
 def interrupt_at(monkeypatch: Any, step: int, number: int = signal.SIGINT) -> None:
     """Have Ctrl-C come during a step of the next run, once."""
-    from finetune.train.trainer import AdapterTrainer
+    from finetune.train.adapter_training import AdapterTraining
 
-    original = AdapterTrainer.training_step
+    original = AdapterTraining.training_step
     pending = [True]
 
     def training_step(self: Any, *args: Any, **kwargs: Any) -> torch.Tensor:
@@ -106,7 +106,7 @@ def interrupt_at(monkeypatch: Any, step: int, number: int = signal.SIGINT) -> No
             os.kill(os.getpid(), number)
         return original(self, *args, **kwargs)
 
-    monkeypatch.setattr(AdapterTrainer, "training_step", training_step)
+    monkeypatch.setattr(AdapterTraining, "training_step", training_step)
 
 
 def metrics(run: Path) -> list[dict[str, Any]]:

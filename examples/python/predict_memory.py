@@ -3,41 +3,30 @@
     python examples/python/predict_memory.py                                   # every recipe in recipes/
     python examples/python/predict_memory.py recipes/qlora_medical.yaml data.max_length=4096
 
-The shapes of 7B and 13B are known, so a machine that is only for planning will do. Where base and GPU are there,
-`python -m finetune check RECIPE` says the same for your data (its longest row in place of data.max_length).
+The shapes of 7B and 13B are known, so a machine that is only for planning will do. For one recipe,
+`python -m finetune check RECIPE --device 24GiB` says more: whether it fits, and what else would.
 """
 
 from __future__ import annotations
 
 import sys
 from pathlib import Path
+from typing import Any
 
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 
-from finetune.baichuan import BaichuanConfig
-from finetune.baichuan.catalog import CATALOG
+from finetune.baichuan.catalog import known_config
+from finetune.quiet import quiet_libraries
 from finetune.recipe import Recipe, load_pipeline
 from finetune.train.memory import GIB, count_parameters, predict_memory
-from finetune.train.runner import quiet_libraries
 
-SHAPES = {
-    "7b": BaichuanConfig(),
-    "13b": BaichuanConfig(
-        hidden_size=5120,
-        intermediate_size=13_696,
-        num_hidden_layers=40,
-        num_attention_heads=40,
-        position_embedding="alibi",
-    ),
-}
 RECIPES = Path(__file__).resolve().parents[2] / "recipes"
 
 
-def row(recipe: Recipe) -> list[str]:
+def row(recipe: Recipe, config: dict[str, Any]) -> list[str]:
     """A recipe's line of the table."""
-    config = SHAPES[CATALOG[recipe.model.base].size].to_dict()
     trainable, _ = count_parameters(recipe, config)
     prediction = predict_memory(recipe, config, trainable, device_type="cuda")
     rows = f"{recipe.train.batch_size} x {recipe.data.max_length:,}"
@@ -62,8 +51,8 @@ def main() -> None:
     )
     for file in files or sorted(map(str, RECIPES.glob("*.yaml"))):
         for recipe in load_pipeline(file, overrides):
-            if recipe.model.base in CATALOG and CATALOG[recipe.model.base].size in SHAPES:
-                table.add_row(*row(recipe))
+            if (config := known_config(recipe.model.base)) is not None:
+                table.add_row(*row(recipe, config))
     Console(width=None if sys.stdout.isatty() else 120).print(table)
 
 

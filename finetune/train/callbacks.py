@@ -15,7 +15,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from transformers import TrainerCallback
 
-from finetune.train.run_folder import RunFolder, write_text
+from finetune.files import write_text
+from finetune.train.run_folder import RunFolder
 
 if TYPE_CHECKING:
     from finetune.train.trainer import AdapterTrainer
@@ -45,15 +46,17 @@ class MetricsCallback(TrainerCallback):
         self.run = run
         self.trainer: AdapterTrainer | None = None
         self._writer: Any = None
-        self._last = (time.monotonic(), 0.0)
-        self._tokens_before = self._cut(resumed_step)
+        self.tokens_per_second = 0.0
+        self._start = time.monotonic()
+        self._last = (self._start, 0.0)
+        self._tokens_before, self._seconds_before = self._cut(resumed_step)
 
-    def _cut(self, step: int) -> float:
-        """Drop lines past the step that training goes on from; return the tokens seen until it."""
+    def _cut(self, step: int) -> tuple[float, float]:
+        """Drop lines past the step that training goes on from; return tokens and seconds until it."""
         path = self.run.metrics
         if not path.is_file():
-            return 0.0
-        kept, tokens = [], 0.0
+            return 0.0, 0.0
+        kept, tokens, seconds = [], 0.0, 0.0
         for line in path.read_text(encoding="utf-8").splitlines():
             try:
                 record = json.loads(line)
@@ -62,9 +65,15 @@ class MetricsCallback(TrainerCallback):
             if step and record.get("step", 0) <= step:
                 kept.append(line)
                 tokens = record.get("tokens", tokens)
+                seconds = record.get("seconds", seconds)
         if os.environ.get("RANK", "0") == "0":
             write_text(path, "".join(f"{line}\n" for line in kept))
-        return tokens
+        return tokens, seconds
+
+    @property
+    def seconds(self) -> float:
+        """Since the run began, evaluation and saving included, interrupted parts up to their last line."""
+        return self._seconds_before + time.monotonic() - self._start
 
     @property
     def tokens(self) -> float:
@@ -87,8 +96,10 @@ class MetricsCallback(TrainerCallback):
         if "loss" in record:
             now, tokens = time.monotonic(), self.tokens
             elapsed = max(now - self._last[0], 1e-9)
+            self.tokens_per_second = (tokens - self._last[1]) / elapsed
             record["tokens"] = int(tokens)
-            record["tokens_per_second"] = round((tokens - self._last[1]) / elapsed, 1)
+            record["tokens_per_second"] = round(self.tokens_per_second, 1)
+            record["seconds"] = round(self.seconds, 1)
             record["peak_memory_bytes"] = peak_memory_bytes()
             self._last = (now, tokens)
         elif any(key.startswith("eval_") for key in record):
@@ -161,19 +172,15 @@ class ProgressCallback(TrainerCallback):
             where = f"step {state.global_step}"
             self.console.print(f"{where:>10}  validation loss {logs['eval_loss']:.4f}", highlight=False)
         elif "loss" in logs:
-            rate = self._rate()
             memory = peak_memory_bytes() / 2**30
-            numbers = f"loss {logs['loss']:.4f}  {rate:,.0f} tokens/s  {memory:.1f} GiB"
+            numbers = (
+                f"loss {logs['loss']:.4f}  {self.metrics.tokens_per_second:,.0f} tokens/s  {memory:.1f} GiB"
+            )
             if self._bar is not None:
                 self._bar.update(self._task, numbers=numbers)
             elif time.monotonic() - self._said > 10 or state.global_step == state.max_steps:
                 self._said = time.monotonic()
                 self.console.print(f"step {state.global_step}/{state.max_steps}  {numbers}", highlight=False)
-
-    def _rate(self) -> float:
-        lines = self.metrics.run.metrics.read_text(encoding="utf-8").splitlines()[-3:]
-        rates = [json.loads(line).get("tokens_per_second") for line in lines]
-        return next((rate for rate in reversed(rates) if rate is not None), 0.0)
 
     def stop(self) -> None:
         """Give the terminal back."""

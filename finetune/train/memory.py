@@ -20,7 +20,7 @@ NF4_BYTES = 0.5 + (1 + 4 / 256) / 64
 OPTIMIZER_BYTES = {"adamw": 8, "adamw_8bit": 2, "paged_adamw": 0, "paged_adamw_8bit": 0}
 """State of a trainable parameter on the device; paged state moves to host memory under pressure."""
 
-CONTEXT_BYTES = {"cuda": int(0.6 * GIB), "cpu": int(0.9 * GIB)}
+CONTEXT_BYTES = {"cuda": int(0.6 * GIB), "cpu": int(0.55 * GIB)}
 """Before any tensor: CUDA context and libraries, or Python with torch and friends."""
 
 
@@ -55,6 +55,7 @@ def predict_memory(
     *,
     device_type: str,
     longest: int | None = None,
+    sequences: int = 1,
 ) -> MemoryPrediction:
     """Predict the peak memory of training.
 
@@ -64,6 +65,7 @@ def predict_memory(
         trainable: number of trainable parameters.
         device_type: ``cuda`` or ``cpu``.
         longest: tokens of the longest row; None is data.max_length.
+        sequences: rows that go through the model for each one that train.batch_size counts.
     """
     settings, train, adapter = recipe.model, recipe.train, recipe.adapter
     hidden, wide = config["hidden_size"], config["intermediate_size"]
@@ -74,7 +76,7 @@ def predict_memory(
 
     virtual = adapter.num_virtual_tokens if adapter.method != "lora" else 0
     length = min(longest or recipe.data.max_length, recipe.data.max_length) + virtual
-    tokens = train.batch_size * length
+    tokens = max(1, train.batch_size) * sequences * length  # auto, not yet decided, is at least 1
     layer = _layer_activations(
         hidden, wide, width, lora=adapter.method == "lora", dropout=adapter.dropout > 0
     )
@@ -84,7 +86,7 @@ def predict_memory(
         activations = tokens * layers * layer
     from finetune.baichuan.loss import tile_rows
 
-    tile = min(tokens, tile_rows(vocab))
+    tile = min(tokens, tile_rows(vocab, device_type))
     loss = tile * vocab * (width + 2 * 4) + tokens * hidden * (width + 4)
     dequantised = 0 if settings.quantization == "none" else 2 * hidden * max(wide, 3 * hidden) * width
     parts = {
@@ -118,7 +120,7 @@ def suggestions(
 ) -> list[str]:
     """Overrides that would make a run fit ``budget`` bytes of GPU memory, cheapest first.
 
-    The last one is a combination, if no single change is enough.
+    If no single change is enough it is their combination, and nothing if that is not either.
     """
     changes: list[tuple[str, dict[str, Any]]] = []
     if recipe.train.batch_size > 1:
@@ -152,6 +154,7 @@ def suggestions(
             found.append(f"{text} (predicted {size / GIB:.1f} GiB)")
     if not found and changes:
         size = total([update for _, update in changes])
+    if not found and changes and size <= budget:
         found.append(f"{' '.join(text for text, _ in changes)} (predicted {size / GIB:.1f} GiB)")
     return found
 

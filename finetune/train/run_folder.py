@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import json
-import os
 import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -12,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import yaml
 
 from finetune.errors import UserError
+from finetune.files import write_text
 
 if TYPE_CHECKING:
     from finetune.recipe.schema import Recipe
@@ -24,10 +24,14 @@ OURS = (
     "data_report.json",
     "result.json",
     "samples.jsonl",
+    "rollouts.jsonl",
+    "sections.json",
+    "evaluation.json",
     "report.html",
     "tensorboard",
     "checkpoints",
     "initial_adapter",
+    ".adapter",
     "adapter",
 )
 MAY_CHANGE_ON_RESUME = (
@@ -85,6 +89,20 @@ class RunFolder:
         Raises:
             UserError: if the folder holds another run, or something that is no run, or cannot be resumed.
         """
+        if not (self.refuse_taken(resume=resume, overwrite=overwrite) and resume):
+            return None
+        self._refuse_changed_recipe(recipe)
+        return self.last_checkpoint()
+
+    def refuse_taken(self, *, resume: bool, overwrite: bool) -> bool:
+        """The part of `examine` that needs no recipe.
+
+        Returns:
+            Whether the folder holds a run, which may be resumed or overwritten.
+
+        Raises:
+            UserError: if the folder holds another run, or something that is no run.
+        """
         if self.path.exists() and not self.path.is_dir():
             raise UserError(f"output_dir: {self.path} is a file", hint="choose another output_dir")
         holds_run = (self.path / "recipe.yaml").is_file()
@@ -93,15 +111,17 @@ class RunFolder:
                 f"output_dir: {self.path} is not empty and holds no run of this toolkit",
                 hint="choose another output_dir; nothing was touched",
             )
+        if resume and not holds_run:
+            raise UserError(
+                f"output_dir: {self.path} holds no run that could be resumed",
+                hint="look for a misspelt output_dir, or leave --resume out to start anew",
+            )
         if holds_run and not resume and not overwrite:
             raise UserError(
                 f"output_dir: {self.path} holds a run already",
                 hint="continue it with --resume, replace it with --overwrite, or set another output_dir",
             )
-        if not (holds_run and resume):
-            return None
-        self._refuse_changed_recipe(recipe)
-        return self.last_checkpoint()
+        return holds_run
 
     def claim(self, recipe: Recipe, *, resume: bool, overwrite: bool) -> Path | None:
         """Take the folder for this recipe, if `examine` allows it; an overwritten run is gone after."""
@@ -121,7 +141,8 @@ class RunFolder:
 
     def clear(self) -> None:
         """Remove what a run writes, and nothing else."""
-        for name in OURS:
+        unfinished = [path.name for path in self.path.glob(".adapter.*")]  # of a killed save
+        for name in (*OURS, *unfinished):
             path = self.path / name
             if path.is_dir() and not path.is_symlink():
                 shutil.rmtree(path)
@@ -129,7 +150,7 @@ class RunFolder:
                 path.unlink(missing_ok=True)
 
     def _refuse_changed_recipe(self, recipe: Recipe) -> None:
-        before = _flatten(yaml.safe_load((self.path / "recipe.yaml").read_text(encoding="utf-8")) or {})
+        before = _flatten(self._saved_recipe())
         now = _flatten(yaml.safe_load(recipe.dump()))
         changed = sorted(
             key
@@ -142,6 +163,38 @@ class RunFolder:
                 f"{self.path}: cannot be resumed with other settings:{shown}",
                 hint="restore them, or start again with --overwrite",
             )
+
+    def _saved_recipe(self) -> dict[str, Any]:
+        path = self.path / "recipe.yaml"
+        try:
+            saved = yaml.safe_load(path.read_text(encoding="utf-8"))
+        except (yaml.YAMLError, UnicodeDecodeError) as error:
+            saved = " ".join(str(error).split())
+        if not isinstance(saved, dict):
+            raise UserError(
+                f"{path}: is no recipe any more, so the run cannot be resumed (found {saved!r:.120})",
+                hint="restore the file, or start again with --overwrite",
+            )
+        return saved
+
+    def is_finished(self, recipe: Recipe) -> bool:
+        """Whether the run in the folder has all the steps that the recipe, which may have it, asks for."""
+        if self.result().get("status") != "finished":
+            return False
+        saved = self._saved_recipe().get("train") or {}
+        return all(saved.get(key) == getattr(recipe.train, key) for key in ("epochs", "max_steps"))
+
+    def batch_size(self) -> dict[str, int] | None:
+        """What the run that the folder holds decided for ``train.batch_size: auto``; None if there is none."""
+        if not (self.path / "recipe.yaml").is_file():
+            return None
+        train = self._saved_recipe().get("train") or {}
+        keys = ("batch_size", "gradient_accumulation")
+        return (
+            {key: train[key] for key in keys}
+            if all(isinstance(train.get(key), int) for key in keys)
+            else None
+        )
 
     def last_checkpoint(self) -> Path | None:
         """The newest checkpoint, verified.
@@ -205,15 +258,3 @@ def _flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
         else:
             flat[prefix + key] = value
     return flat
-
-
-def write_text(path: Path, text: str) -> None:
-    """Write a file whole: beside its place, then renamed."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    temporary.write_text(text, encoding="utf-8")
-    temporary.replace(path)
-
-
-def write_json(path: Path, content: Any) -> None:
-    """`write_text` of indented JSON."""
-    write_text(path, json.dumps(content, ensure_ascii=False, indent=2) + "\n")

@@ -3,43 +3,49 @@
 from __future__ import annotations
 
 import contextlib
-import datetime
-import gc
 import json
-import logging
 import os
-import platform
-import sys
-import time
-import warnings
-from collections.abc import Iterator
+import shutil
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from finetune.errors import UserError
-from finetune.train.run_folder import RunFolder, step_of, write_json
+from finetune.files import write_json
+from finetune.quiet import quiet_libraries
+from finetune.train.environment import environment, note_training, record_environment
+from finetune.train.preflight import (
+    check_machine,
+    decide_batch_size,
+    describe_data,
+    out_of_memory_explained,
+    predict,
+    with_quantization_of,
+)
+from finetune.train.run_folder import RunFolder, step_of
 
 if TYPE_CHECKING:
+    from peft import PeftModel
     from rich.console import Console
 
     from finetune.baichuan.load import Base
     from finetune.data import PreparedData
     from finetune.recipe.schema import Recipe
     from finetune.report.samples import Sample
+    from finetune.train.adapter_training import AdapterTraining
     from finetune.train.memory import MemoryPrediction
-    from finetune.train.trainer import AdapterTrainer
-
-PACKAGES = ("torch", "transformers", "trl", "peft", "accelerate", "datasets", "bitsandbytes", "evaluate")
 
 
-def run_stage(recipe: Recipe, *, resume: bool, overwrite: bool) -> Path:
+def run_stage(
+    recipe: Recipe, *, resume: bool, overwrite: bool, session_class: type[Session] | None = None
+) -> Path:
     """Train an adapter as a recipe says and fill its run folder.
 
     Args:
-        recipe: of stage sft or pretrain.
+        recipe: of stage sft or pretrain, or of one that brings its own session.
         resume: continue from the last checkpoint.
         overwrite: replace the run that the folder holds.
+        session_class: what differs between stages; None is `Session`, supervised training.
 
     Returns:
         The run folder.
@@ -48,85 +54,55 @@ def run_stage(recipe: Recipe, *, resume: bool, overwrite: bool) -> Path:
         UserError: the recipe, the data or the machine does not allow it.
         KeyboardInterrupt: interrupted; attribute ``checkpoint`` names the saved state.
     """
+    main = os.environ.get("RANK", "0") == "0"
+    console = _console(main)
+    run = RunFolder(recipe.output_dir)
+    if main:  # before anything slow, even an import
+        run.refuse_taken(resume=resume, overwrite=overwrite)
     quiet_libraries()
     from accelerate import PartialState
 
     state = PartialState(cpu=not _has_cuda())
-    console = _console(state.is_main_process)
-    run = RunFolder(recipe.output_dir)
-    done = run.result() if resume else {}
-    if done.get("status") == "finished":
-        console.print(f"{run.path}: finished already, nothing to resume", highlight=False)
-        return run.path
 
     from finetune.baichuan.load import load_tokenizer, resolve_base
-    from finetune.data import prepare
     from finetune.train.trainer import NotFinite
 
-    # What can be refused is refused before the slow part, and before anything is written or removed.
-    if state.is_main_process:
-        run.examine(recipe, resume=resume, overwrite=overwrite)
+    kind = session_class or Session
+
+    # What can be refused is refused before anything is written or removed.
     check_machine(recipe, run)
     with state.main_process_first():
         base = resolve_base(recipe.model.base, revision=recipe.model.revision, source=recipe.model.source)
-        recipe = with_quantization_of(base, recipe)
+        recipe = kind.settle(recipe, base)
+        recipe = decide_batch_size(recipe, base.config, run, resume=resume, sequences=kind.sequences)
+        if main:
+            run.examine(recipe, resume=resume, overwrite=overwrite)
+        if resume and run.is_finished(recipe):
+            console.print(f"{run.path}: finished already, nothing to resume", highlight=False)
+            return run.path
         tokenizer = load_tokenizer(base.folder)
-        data = prepare(recipe.data, tokenizer, stage=recipe.stage, seed=recipe.seed, resolve=recipe.resolve)
+        data = kind.prepare(recipe, tokenizer)
     describe_data(data, console)
     prediction, trainable, total = predict(recipe, base, data, console)
     checkpoint = _claim(run, recipe, state, resume=resume, overwrite=overwrite)
-    if state.is_main_process:
+    if resume:
+        where = (
+            f"after step {step_of(checkpoint)}" if checkpoint else "from the beginning, with no checkpoint"
+        )
+        console.print(f"{run.path}: going on {where}", highlight=False)
+    if main:
         write_json(run.path / "data_report.json", data.report.as_dict())
-        write_json(run.path / "environment.json", environment())
+        record_environment(run.path)
     try:
         with out_of_memory_explained(recipe, base, trainable):
-            session = _Session(recipe, run, base, tokenizer, data, console, prediction, (trainable, total))
+            session = kind(recipe, run, base, tokenizer, data, console, prediction, (trainable, total))
             return session.train(checkpoint)
     except NotFinite:  # its metrics say how it came to that
         raise
     except UserError:
-        if state.is_main_process:
+        if main:
             run.abandon()
         raise
-
-
-def with_quantization_of(base: Base, recipe: Recipe) -> Recipe:
-    """The recipe as it is on this base: a release that is quantised already is what it is.
-
-    Raises:
-        UserError: the recipe asks for another quantisation, or for what does not go with this one.
-    """
-    if not base.quantized:
-        return recipe
-    wanted, found = recipe.model.quantization, base.quantization
-    if wanted not in ("none", found):
-        raise UserError(
-            f"model.quantization: found {wanted}, but the weights of {base.name} are {found} already",
-            hint=f"set model.quantization to {found}, or take the 16-bit release",
-        )
-    from finetune.recipe.combinations import find
-
-    recipe = recipe.model_copy(update={"model": recipe.model.model_copy(update={"quantization": found})})
-    problems = find(recipe)
-    if problems:
-        listed = "; ".join(f"{key}: {reason}" for key, reason in problems)
-        raise UserError(f"with {base.name}, which is {found} already: {listed}")
-    return recipe
-
-
-def check_machine(recipe: Recipe, run: RunFolder) -> None:
-    """Refuse settings that this machine cannot serve.
-
-    Raises:
-        UserError: naming the setting.
-    """
-    from finetune.adapters.build import check_device
-    from finetune.baichuan.load import choose_attention, pick_device
-    from finetune.train.trainer import training_arguments
-
-    check_device(recipe.adapter)
-    choose_attention(recipe.model.attention, pick_device())
-    training_arguments(recipe, run, evaluates=False)
 
 
 def _claim(run: RunFolder, recipe: Recipe, state: Any, *, resume: bool, overwrite: bool) -> Path | None:
@@ -137,9 +113,32 @@ def _claim(run: RunFolder, recipe: Recipe, state: Any, *, resume: bool, overwrit
     return run.last_checkpoint() if resume else None
 
 
+def _has_cuda() -> bool:
+    import torch
+
+    return torch.cuda.is_available()
+
+
+def _console(main: bool) -> Console:
+    from rich.console import Console
+
+    return Console(stderr=True, quiet=not main, soft_wrap=True)
+
+
 @dataclass
-class _Session:
-    """What one run works with."""
+class Session:
+    """What one run works with, and what it does: the steps that a stage may do in its own way are methods.
+
+    Attributes:
+        recipe: as settled on the base.
+        run: its folder.
+        base: what is trained on.
+        tokenizer: the base's.
+        data: from `prepare`.
+        console: for progress, on stderr.
+        prediction: of peak memory.
+        parameters: trainable ones, and all.
+    """
 
     recipe: Recipe
     run: RunFolder
@@ -149,6 +148,21 @@ class _Session:
     console: Console
     prediction: MemoryPrediction
     parameters: tuple[int, int]
+
+    sequences: ClassVar[int] = 1
+    """Rows that go through the model for each one that train.batch_size counts, before the data is known."""
+
+    @classmethod
+    def settle(cls, recipe: Recipe, base: Base) -> Recipe:
+        """The recipe with everything that the base decides."""
+        return with_quantization_of(base, recipe)
+
+    @classmethod
+    def prepare(cls, recipe: Recipe, tokenizer: Any) -> PreparedData:
+        """Files into what is learned from."""
+        from finetune.data import prepare
+
+        return prepare(recipe.data, tokenizer, stage=recipe.stage, seed=recipe.seed, resolve=recipe.resolve)
 
     def train(self, checkpoint: Path | None) -> Path:
         from finetune.train.callbacks import (
@@ -162,18 +176,17 @@ class _Session:
         )
         from finetune.train.trainer import NotFinite
 
-        start = time.monotonic()
         interrupt = InterruptCallback()
         metrics = MetricsCallback(self.run, resumed_step=step_of(checkpoint) if checkpoint else 0)
         progress, finite = ProgressCallback(metrics), FiniteCallback()
         baseline = BaselineCallback(lambda: self._evaluate_base(trainer, resumed=checkpoint is not None))
-        trainer = self._trainer([baseline, metrics, progress, finite, interrupt])
+        trainer = self.make_trainer([baseline, metrics, progress, finite, interrupt])
         metrics.trainer = finite.trainer = trainer
         main = trainer.is_world_process_zero()
         samples: list[Sample] = []
         try:
             with interrupt:
-                samples = self._answer(trainer, moment="before", resumed=checkpoint is not None)
+                samples = self.answer(trainer, moment="before", resumed=checkpoint is not None)
                 with contextlib.suppress(AlreadyTrained):
                     trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
         except (NotFinite, KeyboardInterrupt):
@@ -192,7 +205,8 @@ class _Session:
         if best and best != trainer.state.global_step and not trainer.sharded:  # there, the last is kept
             trainer.load_trainable(self.run.checkpoints / f"step-{best}")
         if samples:
-            samples = self._answer(trainer, moment="after", samples=samples)
+            samples = self.answer(trainer, moment="after", samples=samples)
+        measured = self.measure(trainer)
         result = {
             "status": "finished",
             "base": self.base.identity,
@@ -203,17 +217,19 @@ class _Session:
             "eval_loss_after": trainer.state.best_metric,
             "trainable_parameters": self.parameters[0],
             "total_parameters": self.parameters[1],
-            "train_seconds": round(time.monotonic() - start, 1),
+            "train_seconds": round(metrics.seconds, 1),
             "tokens": int(metrics.tokens),
             "predicted_peak_memory_bytes": self.prediction.total,
             "measured_peak_memory_bytes": peak_memory_bytes(),
+            **measured,
         }
         self._save(trainer, result, samples)
         if main:
-            self._tell(result, samples)
+            self.tell(result, samples)
         return self.run.path
 
-    def _trainer(self, callbacks: list[Any]) -> AdapterTrainer:
+    def make_trainer(self, callbacks: list[Any]) -> AdapterTraining:
+        """Model and trainer; nothing is trained yet."""
         from finetune.adapters.build import attach_adapter, changes_base, save_adapter
         from finetune.baichuan.load import load_model
         from finetune.data import collator_for
@@ -244,13 +260,24 @@ class _Session:
             save_adapter(peft_model, self.run.initial_adapter)
         return trainer
 
-    def _base_alone(self, trainer: AdapterTrainer) -> Any:
+    def adapter_of(self, trainer: AdapterTraining) -> PeftModel:
+        """The model that carries the adapter."""
+        return trainer.accelerator.unwrap_model(trainer.model)
+
+    def measure(self, trainer: AdapterTraining) -> dict[str, Any]:
+        """What is measured once training is over, on the best weights; goes into result.json."""
+        return {}
+
+    def complete_adapter(self, trainer: AdapterTraining, folder: Path) -> None:
+        """Add what the stage keeps beside the adapter's weights, in the main process."""
+
+    def _base_alone(self, trainer: AdapterTraining) -> Any:
         """The model without its adapter. A new LoRA changes nothing; prompt vectors are random at first."""
         if self.recipe.adapter.method == "lora":
             return contextlib.nullcontext()
-        return trainer.accelerator.unwrap_model(trainer.model).disable_adapter()
+        return self.adapter_of(trainer).disable_adapter()
 
-    def _evaluate_base(self, trainer: AdapterTrainer, *, resumed: bool) -> float | None:
+    def _evaluate_base(self, trainer: AdapterTraining, *, resumed: bool) -> float | None:
         if self.data.validation is None:
             return None
         if resumed:
@@ -261,9 +288,9 @@ class _Session:
         with self._base_alone(trainer):
             return trainer.evaluate()["eval_loss"]
 
-    def _answer(
+    def answer(
         self,
-        trainer: AdapterTrainer,
+        trainer: AdapterTraining,
         *,
         moment: str,
         samples: list[Sample] | None = None,
@@ -285,9 +312,11 @@ class _Session:
                 alone = self._base_alone(trainer) if moment == "before" else contextlib.nullcontext()
                 self.console.print(f"answering {len(samples)} held-out prompts ({moment} training)")
                 with alone:
-                    model = trainer.accelerator.unwrap_model(trainer.model)
                     answers = answer(
-                        model, self.tokenizer, samples, max_new_tokens=self.recipe.report.max_new_tokens
+                        self.adapter_of(trainer),
+                        self.tokenizer,
+                        samples,
+                        max_new_tokens=self.recipe.report.max_new_tokens,
                     )
                 for sample, text in zip(samples, answers):
                     setattr(sample, moment, text)
@@ -295,7 +324,7 @@ class _Session:
         trainer.accelerator.wait_for_everyone()
         return samples
 
-    def _close_interrupted(self, trainer: AdapterTrainer) -> None:
+    def _close_interrupted(self, trainer: AdapterTraining) -> None:
         if trainer.is_world_process_zero():
             result = {
                 "status": "interrupted",
@@ -306,28 +335,22 @@ class _Session:
             }
             write_json(self.run.path / "result.json", result)
 
-    def _save(self, trainer: AdapterTrainer, result: dict[str, Any], samples: list[Sample]) -> None:
+    def _save(self, trainer: AdapterTraining, result: dict[str, Any], samples: list[Sample]) -> None:
         """The adapter with its card, result.json and the report; the adapter appears whole."""
         import yaml
 
         from finetune.adapters.build import changes_base, save_adapter
-        from finetune.adapters.merge import staging
+        from finetune.baichuan.shards import staging
         from finetune.report import build_report
         from finetune.report.model_card import write_model_card
         from finetune.report.samples import mean_scores
 
-        model = trainer.accelerator.unwrap_model(trainer.model)
+        gathered = self.run.path / ".adapter"
         if trainer.sharded:  # every process takes part in gathering the adapter
-            trainer.save_model(str(self.run.adapter))
+            trainer.save_model(str(gathered))
         if not trainer.is_world_process_zero():
             return
-        if not trainer.sharded:
-            import shutil
-
-            shutil.rmtree(self.run.adapter, ignore_errors=True)
-            initial = self.run.initial_adapter if changes_base(self.recipe.adapter) else None
-            with staging(self.run.adapter) as folder:
-                save_adapter(model, folder, initial=initial)
+        shutil.rmtree(self.run.adapter, ignore_errors=True)
         recipe = yaml.safe_load(self.recipe.dump())
         info = {
             "recipe": recipe,
@@ -338,11 +361,22 @@ class _Session:
             "base_model": self.base.identity,
             "medical": "medical" in json.dumps(recipe["data"], ensure_ascii=False),
         }
-        write_model_card(self.run.adapter, info)
+        with staging(self.run.adapter) as folder:
+            if trainer.sharded:
+                for path in gathered.iterdir():
+                    path.rename(folder / path.name)
+                gathered.rmdir()
+            else:
+                initial = self.run.initial_adapter if changes_base(self.recipe.adapter) else None
+                save_adapter(self.adapter_of(trainer), folder, initial=initial)
+                self.complete_adapter(trainer, folder)
+            note_training(self.recipe, self.base, folder)
+            write_model_card(folder, info)
         write_json(self.run.path / "result.json", result)
         build_report(self.run.path)
 
-    def _tell(self, result: dict[str, Any], samples: list[Sample]) -> None:
+    def tell(self, result: dict[str, Any], samples: list[Sample]) -> None:
+        """The outcome, on the terminal."""
         from rich.console import Console
 
         from finetune.report.samples import print_samples_table
@@ -358,143 +392,3 @@ class _Session:
             )
         out.print(f"adapter  {self.run.adapter}", highlight=False, soft_wrap=True)
         out.print(f"report   {self.run.path / 'report.html'}", highlight=False, soft_wrap=True)
-
-
-def predict(
-    recipe: Recipe, base: Base, data: PreparedData, console: Console
-) -> tuple[MemoryPrediction, int, int]:
-    """Count parameters, predict memory, say both.
-
-    Raises:
-        UserError: if the frozen weights alone exceed the GPU's memory.
-    """
-    import torch
-
-    from finetune.train.memory import GIB, MemoryPrediction, count_parameters, predict_memory
-
-    config = base.config
-    device_type = "cuda" if torch.cuda.is_available() else "cpu"
-    trainable, total = count_parameters(recipe, config)
-    longest = max((len(ids) for ids in data.train["input_ids"]), default=0)
-    prediction = predict_memory(recipe, config, trainable, device_type=device_type, longest=longest)
-    processes = _processes_that_share_the_base()
-    if processes > 1:
-        weights = prediction.parts["weights"] // processes
-        prediction = MemoryPrediction({**prediction.parts, "weights": weights}, device_type)
-    share = trainable / total
-    console.print(
-        f"trainable parameters: {trainable:,} of {total:,} ({share:.2%})\npredicted peak memory: {prediction}",
-        highlight=False,
-    )
-    if device_type == "cuda":
-        card = torch.cuda.get_device_properties(0).total_memory
-        if prediction.parts["weights"] > card:
-            raise UserError(
-                f"not enough memory: the weights of {base.name} take "
-                f"{prediction.parts['weights'] / GIB:.1f} GiB, the GPU has {card / GIB:.1f} GiB",
-                hint=_advice(recipe, config, trainable, card, longest),
-            )
-        if prediction.total > card:
-            console.print(f"this may not fit the GPU's {card / GIB:.1f} GiB", style="yellow", highlight=False)
-    return prediction, trainable, total
-
-
-def _processes_that_share_the_base() -> int:
-    """Over how many GPUs FSDP or ZeRO-3 cut the weights; 1 if each holds them whole."""
-    from finetune.baichuan.load import base_is_sharded
-
-    return int(os.environ.get("WORLD_SIZE", "1")) if base_is_sharded() else 1
-
-
-def _advice(recipe: Recipe, config: dict[str, Any], trainable: int, budget: int, longest: int | None) -> str:
-    from finetune.train.memory import suggestions
-
-    found = suggestions(recipe, config, trainable, budget, longest=longest)
-    return "try " + ", or ".join(found) if found else "use a smaller base or a GPU with more memory"
-
-
-@contextlib.contextmanager
-def out_of_memory_explained(recipe: Recipe, base: Base, trainable: int) -> Iterator[None]:
-    """Turn a GPU that is out of memory into a message that says what to lower."""
-    import torch
-
-    try:
-        yield
-    except torch.OutOfMemoryError as error:
-        from finetune.train.memory import GIB, predict_memory
-
-        card = torch.cuda.get_device_properties(0).total_memory
-        prediction = predict_memory(recipe, base.config, trainable, device_type="cuda")
-        gc.collect()
-        raise UserError(
-            f"the GPU ({card / GIB:.1f} GiB) is out of memory; the run was predicted to take {prediction}",
-            hint=_advice(recipe, base.config, trainable, card, None),
-        ) from error
-
-
-def describe_data(data: PreparedData, console: Console) -> None:
-    """What was found in the data, in a few lines."""
-    for file in data.report.files:
-        kept = f"{file.kept:,} of {file.rows:,} rows" if file.bad else f"{file.rows:,} rows"
-        console.print(
-            f"{file.split}: {file.file}: {kept}, layout {file.format}", highlight=False, soft_wrap=True
-        )
-    for row in data.report.bad_rows[:10]:
-        console.print(f"  left out: {row}", highlight=False, markup=False, soft_wrap=True)
-    if len(data.report.bad_rows) > 10:
-        console.print(f"  and {len(data.report.bad_rows) - 10} more, all listed in data_report.json")
-    for warning in data.report.warnings:
-        console.print(f"note: {warning}", style="yellow", highlight=False, markup=False)
-
-
-def environment() -> dict[str, Any]:
-    """Versions, devices and the command line, for environment.json."""
-    from importlib.metadata import PackageNotFoundError, version
-
-    import torch
-
-    from finetune import __version__
-
-    versions = {"baichuan2-finetune": __version__, "python": platform.python_version()}
-    for package in PACKAGES:
-        with contextlib.suppress(PackageNotFoundError):
-            versions[package] = version(package)
-    gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
-    return {
-        "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-        "command": [Path(sys.argv[0]).name, *sys.argv[1:]],
-        "platform": platform.platform(),
-        "processor": platform.processor() or platform.machine(),
-        "cores": os.cpu_count(),
-        "gpus": gpus,
-        "cuda": torch.version.cuda,
-        "processes": int(os.environ.get("WORLD_SIZE", "1")),
-        "versions": versions,
-    }
-
-
-def _has_cuda() -> bool:
-    import torch
-
-    return torch.cuda.is_available()
-
-
-def _console(main: bool) -> Console:
-    from rich.console import Console
-
-    return Console(stderr=True, quiet=not main, soft_wrap=True)
-
-
-def quiet_libraries() -> None:
-    """Leave the terminal to our own messages."""
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    warnings.filterwarnings("ignore", category=FutureWarning)
-    warnings.filterwarnings("ignore", module=r"torch|peft|trl|transformers|bitsandbytes")
-    import datasets
-    import transformers
-
-    datasets.disable_progress_bars()
-    transformers.utils.logging.set_verbosity_error()
-    transformers.utils.logging.disable_progress_bar()
-    for name in ("bitsandbytes", "trl", "peft", "accelerate", "datasets"):
-        logging.getLogger(name).setLevel(logging.ERROR)

@@ -38,12 +38,13 @@ def answer(
     model: Any, tokenizer: Any, samples: Sequence[Sample], *, max_new_tokens: int, batch_size: int = 8
 ) -> list[str]:
     """The model's greedy answers (for raw text: continuations) to the samples' prompts."""
-    from finetune.baichuan.chat import build_prompt
+    from finetune.baichuan.chat import build_prompt, virtual_token_ids
 
     prompts = []
     for sample in samples:
         if sample.messages[0]["role"] == "text":
-            prompts.append(tokenizer.encode_content(sample.messages[0]["content"]))
+            text = tokenizer.encode_content(sample.messages[0]["content"])
+            prompts.append(virtual_token_ids(tokenizer) + text)
         else:
             prompts.append(build_prompt(tokenizer, sample.messages, max_new_tokens=max_new_tokens))
     return greedy_answers(model, tokenizer, prompts, max_new_tokens=max_new_tokens, batch_size=batch_size)

@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import shutil
 import signal
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -109,12 +111,48 @@ def test_resuming_twice_and_for_longer(
 ) -> None:
     finetune("run", write_recipe(tmp_path / "straight", tiny_bases["rope"], train={"max_steps": 6}))
     recipe, run = interrupted(tmp_path / "s", tiny_bases["rope"], monkeypatch, 2, train={"max_steps": 6})
+    seconds = [line["seconds"] for line in metrics(run) if "seconds" in line][-1]
     with monkeypatch.context() as patch:
         interrupt_at(patch, 4)
-        finetune("run", recipe, "--resume", expect=130)
-    finetune("run", recipe, "--resume")
+        assert "going on after step 2" in finetune("run", recipe, "--resume", expect=130)
+    assert "going on after step 4" in finetune("run", recipe, "--resume")
     assert_same_run(tmp_path / "straight" / "run", run)
+    later = [line["seconds"] for line in metrics(run) if "seconds" in line]
+    assert later == sorted(later)  # each part goes on counting where the last one stopped
+    assert json.loads((run / "result.json").read_text())["train_seconds"] > later[-1] - 0.1 > seconds
+    environment = json.loads((run / "environment.json").read_text(encoding="utf-8"))
+    assert [len(environment["earlier"]), "earlier" in environment["earlier"][0]] == [2, False]
     assert "finished already" in finetune("run", recipe, "--resume")
+
+
+@pytest.mark.parametrize("content", ["", "- a\n- list\n", "model: [broken\n"])
+def test_a_recipe_that_was_damaged_cannot_be_resumed(
+    tiny_bases: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, content: str
+) -> None:
+    recipe, run = interrupted(tmp_path, tiny_bases["rope"], monkeypatch, 2)
+    (run / "recipe.yaml").write_text(content, encoding="utf-8")
+    output = finetune("run", recipe, "--resume", expect=2)
+    assert f"{run / 'recipe.yaml'}: is no recipe any more" in output
+    assert steps(run) == ["step-2"]
+
+
+def test_a_taken_folder_is_refused_before_torch_is_imported(
+    tiny_bases: dict[str, Path], tmp_path: Path
+) -> None:
+    recipe = write_recipe(tmp_path, tiny_bases["rope"])
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "recipe.yaml").write_text("name: another\n", encoding="utf-8")
+    command = [sys.executable, "-X", "importtime", "-m", "finetune", "run", str(recipe)]
+    result = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert result.returncode == 2
+    assert "holds a run already" in result.stderr
+    assert "| torch\n" not in result.stderr
+
+
+def test_resuming_where_nothing_is_is_refused(tiny_bases: dict[str, Path], tmp_path: Path) -> None:
+    recipe = write_recipe(tmp_path, tiny_bases["rope"])
+    assert "holds no run that could be resumed" in finetune("run", recipe, "--resume", expect=2)
+    assert not (tmp_path / "run").exists()
 
 
 def test_resuming_without_a_checkpoint_begins_at_the_beginning(

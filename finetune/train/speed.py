@@ -1,0 +1,50 @@
+"""How long an optimiser step will take, from the arithmetic it needs and what the device can do."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from finetune.recipe.schema import Recipe
+    from finetune.train.devices import Device
+
+SHARE_OF_PEAK = {"cuda": 0.5, "cpu": 0.55}
+"""Of the matrix products' peak, what a whole step reaches. CPU: benchmarks/train_step.py; CUDA: the target there."""
+
+QUANTIZED_SPEED = {"none": 1.0, "int8": 0.6, "nf4": 0.75}
+"""Unpacking the weights takes time: speed against 16-bit weights."""
+
+
+def step_flops(
+    recipe: Recipe, config: dict[str, Any], *, tokens: float, document: float, supervised: float
+) -> float:
+    """Floating-point operations of an optimiser step of one process, recomputation included.
+
+    A frozen weight costs 4 a token (forward, and the gradient of its input), and 2 more where activations are
+    recomputed; a LoRA weight 6 and 2; the head, of which only supervised positions are computed, 4; causal
+    attention 6 x layers x hidden a token and key seen, which is half of the document, and 2 more.
+
+    Args:
+        recipe: the run.
+        config: the base's configuration as a dictionary.
+        tokens: tokens of a step.
+        document: mean tokens of a document.
+        supervised: share of the tokens with a label.
+    """
+    hidden, wide, layers = config["hidden_size"], config["intermediate_size"], config["num_hidden_layers"]
+    again = 2 if recipe.train.gradient_checkpointing else 0
+    body = layers * (4 * hidden**2 + 3 * hidden * wide)
+    adapter = 0
+    if recipe.adapter.method == "lora":
+        adapter = layers * recipe.adapter.rank * (4 * hidden + 2 * hidden + 3 * (hidden + wide))
+    attention = (6 + again) * layers * hidden * document
+    head = 4 * config["vocab_size"] * hidden * supervised
+    return tokens * ((4 + again) * body + (6 + again) * adapter + attention + head)
+
+
+def seconds_per_step(flops: float, recipe: Recipe, device: Device) -> float | None:
+    """Predicted seconds of an optimiser step; None where the device's speed is not known."""
+    if device.flops is None:
+        return None
+    slower = QUANTIZED_SPEED[recipe.model.quantization] if device.kind == "cuda" else 1.0
+    return flops / (device.flops * SHARE_OF_PEAK[device.kind] * slower)
