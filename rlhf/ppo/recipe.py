@@ -1,0 +1,270 @@
+"""The recipe of stage `ppo`. Imports pydantic and nothing heavier."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Annotated, Any, ClassVar, Literal
+
+import yaml
+from pydantic import Discriminator, Field, Tag, field_validator
+
+from finetune.recipe.combinations import Problem
+from finetune.recipe.schema import Adapter, Data, Section, Text, Train
+from finetune.recipe.yaml_text import dump_yaml
+from rlhf.recipe import RlhfRecipe
+
+UNREAD_TRAIN_KEYS = (
+    "epochs",
+    "max_steps",
+    "eval_batch_size",
+    "gradient_accumulation",
+    "eval_every",
+    "z_loss_weight",
+)
+"""Keys of section train that PPO has no use for: what takes their place is in section ppo."""
+
+
+class RewardPart(Section):
+    """One reward of several."""
+
+    path: str = Field(
+        default="",
+        validate_default=True,
+        description="adapter folder of stage reward, merged reward model, or package.module:function",
+    )
+    weight: float = Field(default=1.0, description="what its normalised score is multiplied with")
+    mean: float | None = Field(
+        default=None, description="mean of its raw scores; null is what is stored with a reward model, or 0"
+    )
+    std: float | None = Field(
+        default=None, gt=0, description="their deviation; null is what is stored with a reward model, or 1"
+    )
+    name: str | None = Field(
+        default=None, min_length=1, description="what metrics call it; null is the last part of its path"
+    )
+
+    @field_validator("path")
+    @classmethod
+    def _check_path(cls, path: str) -> str:
+        if not path:
+            raise ValueError("expected an adapter folder, a merged reward model or package.module:function")
+        return path
+
+
+def _part_kind(value: Any) -> str | None:
+    if isinstance(value, str):
+        return "<path>"
+    return "<part>" if isinstance(value, (dict, RewardPart)) else None
+
+
+def _reward_kind(value: Any) -> str | None:
+    if isinstance(value, str):
+        return "<path>"
+    return "<list>" if isinstance(value, list) else None
+
+
+_OnePart = Annotated[
+    Annotated[Text, Tag("<path>")] | Annotated[RewardPart, Tag("<part>")],
+    Discriminator(
+        _part_kind,
+        custom_error_type="reward_part",
+        custom_error_message="expected a path or {path: ..., weight: ..., name: ...}",
+    ),
+]
+Rewards = Annotated[
+    Annotated[Text, Tag("<path>")] | Annotated[Annotated[list[_OnePart], Field(min_length=1)], Tag("<list>")],
+    Discriminator(
+        _reward_kind,
+        custom_error_type="rewards",
+        custom_error_message="expected a path or a list of paths and {path: ..., weight: ...} entries",
+    ),
+]
+
+
+class PromptAdapter(Adapter):
+    """The actor (where no adapter is gone on from) and the critic."""
+
+    dropout: float = Field(
+        default=0.0, ge=0, lt=1, description="always 0: an unchanged policy must have the ratio 1"
+    )
+
+
+class PromptData(Data):
+    """Prompts: conversations, whose last answer is left out, preferences, or a column such as prompt."""
+
+    max_length: int = Field(
+        default=2048, ge=16, description="tokens of prompt and response; longer prompts are bad rows"
+    )
+    packing: bool = Field(default=False, description="always false: responses are sampled, not packed")
+
+
+class PPOTrain(Train):
+    """Optimisation and checkpoints; the defaults are those of the Baichuan 2 report."""
+
+    batch_size: int = Field(default=4, ge=1, description="responses on each device at once, in the update")
+    learning_rate: float = Field(default=5e-6, gt=0, description="of the actor")
+    betas: Annotated[list[Annotated[float, Field(ge=0, lt=1)]], Field(min_length=2, max_length=2)] = Field(
+        default=[0.9, 0.95], description="AdamW's two decay rates"
+    )
+    weight_decay: float = Field(default=0.0, ge=0, description="AdamW's weight decay")
+    max_grad_norm: float = Field(default=0.5, gt=0, description="gradients are scaled down to this norm")
+    save_every: int | None = Field(default=25, ge=1, description="iterations between checkpoints")
+    log_every: int = Field(default=1, ge=1, description="iterations between lines of metrics.jsonl")
+
+
+class PPO(Section):
+    """Rollouts, rewards and the update."""
+
+    reward: Rewards = Field(
+        description="adapter folder of stage reward, merged reward model, package.module:function, or a list of "
+        "them with weights"
+    )
+    iterations: int = Field(default=350, ge=1, description="rollouts with the update after each")
+    batch_size: int = Field(default=64, ge=1, description="responses an iteration, over all processes")
+    minibatch_size: int = Field(
+        default=16, ge=1, description="responses an optimiser step, over all processes"
+    )
+    epochs: int = Field(default=1, ge=1, description="passes over the responses of an iteration")
+    critic_warmup: int = Field(
+        default=20, ge=0, description="first iterations, in which the critic learns alone"
+    )
+    critic_learning_rate: float | None = Field(
+        default=None, gt=0, description="of the critic; null is train.learning_rate"
+    )
+    critic_from_reward: bool = Field(
+        default=True, description="begin the critic as a copy of the first reward adapter, if there is one"
+    )
+
+    max_new_tokens: int = Field(default=256, ge=1, description="longest response, its EOS included")
+    temperature: float = Field(
+        default=1.0, gt=0, description="of sampling, and of the policy that is trained"
+    )
+    top_k: int = Field(default=0, ge=0, description="sample from so many tokens; 0 is all, as PPO assumes")
+    top_p: float = Field(
+        default=1.0, gt=0, le=1, description="sample from this much probability; 1 is all, as PPO assumes"
+    )
+    rollout_batch_size: int = Field(default=16, ge=1, description="responses sampled on each device at once")
+
+    clip: float = Field(default=0.1, gt=0, description="how far the policy's ratio may move from 1")
+    value_clip: float | None = Field(
+        default=0.2, gt=0, description="how far a value may move in an update; null does not clip"
+    )
+    gamma: float = Field(default=1.0, ge=0, le=1, description="discount of later rewards")
+    lam: float = Field(default=0.95, ge=0, le=1, description="GAE's lambda")
+    whiten_advantages: bool = Field(default=True, description="advantages with mean 0 and deviation 1")
+    whiten_rewards: bool = Field(
+        default=False, description="rewards of all tokens with deviation 1, before advantages are estimated"
+    )
+    missing_eos_penalty: float = Field(
+        default=1.0, ge=0, description="subtracted from the normalised score of a response without an end"
+    )
+    score_clip: float | None = Field(
+        default=None, gt=0, description="bound on the normalised score; null is none"
+    )
+
+    kl_estimator: Literal["k1", "k3"] = Field(
+        default="k1", description="k1 is log p - log q; k3 has less variance and is never negative"
+    )
+    kl_schedule: Literal["constant", "linear", "cosine", "exponential", "adaptive"] = Field(
+        default="linear", description="course of the KL coefficient; adaptive follows kl_target"
+    )
+    kl_start: float = Field(default=0.2, ge=0, description="KL coefficient of the first iteration")
+    kl_end: float = Field(default=0.005, ge=0, description="KL coefficient of the last iteration")
+    kl_target: float = Field(default=6.0, gt=0, description="adaptive: KL to steer to, nats a response")
+    kl_horizon: int = Field(default=10_000, ge=1, description="adaptive: responses until it has adapted")
+    kl_warning: float = Field(
+        default=30.0, gt=0, description="warn about a KL to the reference above this, nats a response"
+    )
+    early_stop_kl: float | None = Field(
+        default=None,
+        gt=0,
+        description="end an iteration's update when the policy has moved this far from the one that sampled, nats "
+        "a token; null never does",
+    )
+    ema: float = Field(
+        default=0.0,
+        ge=0,
+        lt=1,
+        description="keep a moving average of the actor with this decay as the result",
+    )
+    samples_every: int = Field(
+        default=10, ge=1, description="iterations between samples with scores (rollouts.jsonl)"
+    )
+
+
+class PPORecipe(RlhfRecipe):
+    """One run of stage ppo."""
+
+    unread: ClassVar[frozenset[str]] = frozenset(f"train.{key}" for key in UNREAD_TRAIN_KEYS)
+
+    adapter: PromptAdapter = Field(default_factory=PromptAdapter)
+    data: PromptData
+    train: PPOTrain = Field(default_factory=PPOTrain)
+    ppo: PPO
+
+    def reward_parts(self) -> list[RewardPart]:
+        """The rewards as a list, names filled in, no two alike."""
+        entries = [self.ppo.reward] if isinstance(self.ppo.reward, str) else self.ppo.reward
+        parts = [RewardPart(path=entry) if isinstance(entry, str) else entry for entry in entries]
+        named: list[RewardPart] = []
+        for part in parts:
+            name = part.name or _short_name(part.path)
+            taken = [other.name for other in named]
+            if name in taken:
+                name = next(f"{name}_{n}" for n in range(2, len(parts) + 2) if f"{name}_{n}" not in taken)
+            named.append(part.model_copy(update={"name": name}))
+        return named
+
+    def problems(self) -> list[Problem]:
+        """Beside those of every stage of rlhf: those of PPO."""
+        return [*super().problems(), *self._ppo_problems()]
+
+    def _ppo_problems(self) -> Iterator[Problem]:
+        ppo, data = self.ppo, self.data
+        for key in UNREAD_TRAIN_KEYS:
+            if key in self.train.model_fields_set:
+                yield (
+                    f"train.{key}",
+                    "has no effect in stage ppo (its length and sizes are in section ppo): remove it",
+                )
+        if self.adapter.dropout > 0:
+            yield "adapter.dropout", "makes the ratio of an unchanged policy differ from 1: remove this key"
+        if data.packing:
+            yield (
+                "data.packing",
+                "stage ppo samples responses and packs none: set it to false, or remove this key",
+            )
+        if self.model.dtype == "float16":
+            yield "model.dtype", "float16 loses PPO's small gradients: set it to bfloat16 or float32"
+        if data.max_length <= ppo.max_new_tokens:
+            yield (
+                "ppo.max_new_tokens",
+                f"leaves no room for a prompt in data.max_length {data.max_length}: lower it",
+            )
+        if ppo.minibatch_size > ppo.batch_size:
+            yield (
+                "ppo.minibatch_size",
+                f"is more than the {ppo.batch_size} responses of ppo.batch_size: lower it",
+            )
+        if ppo.kl_schedule == "exponential" and min(ppo.kl_start, ppo.kl_end) == 0:
+            yield "ppo.kl_schedule", "exponential needs kl_start and kl_end above 0"
+        if ppo.critic_warmup >= ppo.iterations:
+            yield (
+                "ppo.critic_warmup",
+                f"leaves the actor none of the {ppo.iterations} iterations: lower it",
+            )
+
+    def dump(self) -> str:
+        """As for every recipe, without the keys of section train that are not read."""
+        data = yaml.safe_load(super().dump())
+        for key in UNREAD_TRAIN_KEYS:
+            del data["train"][key]
+        return dump_yaml(data)
+
+
+def _short_name(path: str) -> str:
+    """`pkg.module:share` → share; `runs/reward_helpful/adapter` → reward_helpful."""
+    if ":" in path:
+        return path.rpartition(":")[2]
+    parts = [part for part in path.replace("\\", "/").split("/") if part not in ("", ".", "..", "adapter")]
+    return parts[-1] if parts else "reward"

@@ -1,0 +1,325 @@
+"""What a response is worth: reward adapters on the shared base, merged reward models, Python functions, or several.
+
+A Python function takes conversations, each a list of messages that ends with the response, and returns a number
+for each:
+
+    def politeness(conversations: list[list[dict[str, str]]]) -> list[float]: ...
+"""
+
+from __future__ import annotations
+
+import importlib
+import math
+import sys
+import traceback
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol
+
+import torch
+
+from finetune.errors import UserError
+from rlhf.ppo.rollout import last_hidden
+
+if TYPE_CHECKING:
+    from finetune.baichuan.load import Base
+    from finetune.data.records import Message
+    from rlhf.ppo.models import SharedBase
+    from rlhf.ppo.recipe import PPORecipe, RewardPart
+
+Conversations = list[list["Message"]]
+
+
+class RewardError(UserError):
+    """A reward could not be computed; the run's state before it is worth keeping."""
+
+
+@dataclass(frozen=True)
+class Answered:
+    """A prompt with its response, as rewards see it.
+
+    Attributes:
+        messages: the conversation, the response last.
+        ids: the same as token ids, ended by EOS, whether or not the response ended by itself: reward models
+            know finished conversations only, and what is not finished is penalised apart.
+    """
+
+    messages: list[Message]
+    ids: list[int]
+
+
+class Reward(Protocol):
+    """Scores of responses, one a response."""
+
+    def __call__(self, answered: Sequence[Answered]) -> Sequence[float]: ...
+
+
+@dataclass
+class Part:
+    """One reward.
+
+    Attributes:
+        name: in metrics.
+        path: where it comes from, for messages.
+        score: raw scores.
+        weight: of the normalised score in the sum.
+        mean, std: of raw scores on held-out data, (score - mean) / std is the normalised one.
+        adapter: its name on the shared base, if it is one, and
+        head_weight: (hidden_size,), of its head.
+    """
+
+    name: str
+    path: str
+    score: Reward
+    weight: float = 1.0
+    mean: float = 0.0
+    std: float = 1.0
+    adapter: str | None = None
+    head_weight: torch.Tensor | None = None
+
+    def normalise(self, scores: torch.Tensor) -> torch.Tensor:
+        """(b,) raw → (b,) with mean 0 and deviation 1 on held-out data."""
+        return (scores - self.mean) / self.std
+
+
+class Combination(Protocol):
+    """How the normalised scores of the parts become one; its state is saved with the run."""
+
+    def __call__(self, parts: dict[str, torch.Tensor]) -> torch.Tensor:
+        """Normalised scores (b,) by name → (b,)."""
+
+    def state_dict(self) -> dict[str, Any]: ...
+
+    def load_state_dict(self, state: dict[str, Any]) -> None: ...
+
+
+@dataclass
+class WeightedSum:
+    """The sum of the parts, each times its weight."""
+
+    weights: dict[str, float]
+
+    def __call__(self, parts: dict[str, torch.Tensor]) -> torch.Tensor:
+        return torch.stack([self.weights[name] * scores for name, scores in parts.items()]).sum(0)
+
+    def state_dict(self) -> dict[str, Any]:
+        return {}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        pass
+
+
+@dataclass
+class Rewards:
+    """All parts, and how they are joined.
+
+    Attributes:
+        parts: one at least.
+        combine: the weighted sum unless replaced: a gate, say, or a Lagrangian with a multiplier as its state.
+    """
+
+    parts: list[Part]
+    combine: Combination = field(default=None)  # type: ignore[assignment]
+
+    def __post_init__(self) -> None:
+        self.combine = self.combine or WeightedSum({part.name: part.weight for part in self.parts})
+
+    @property
+    def first_adapter(self) -> Part | None:
+        """The first part that is an adapter on the shared base."""
+        return next((part for part in self.parts if part.adapter), None)
+
+    def __call__(self, answered: Sequence[Answered]) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+        """Joint scores (b,) and the raw ones (b,) of each part, float32 on the CPU.
+
+        Raises:
+            RewardError: a function raised, or returned something else than a finite number for each response.
+        """
+        raw = {part.name: _checked(part, answered) for part in self.parts}
+        normalised = {part.name: part.normalise(raw[part.name]) for part in self.parts}
+        return self.combine(normalised), raw
+
+
+def _checked(part: Part, answered: Sequence[Answered]) -> torch.Tensor:
+    where = f"ppo.reward: {part.path}"
+    found = part.score(answered)
+    try:
+        scores = [float(score) for score in found]
+    except (TypeError, ValueError) as error:
+        raise RewardError(
+            f"{where}: expected a list of numbers, found {found!r:.80}", hint="mend it, then --resume"
+        ) from error
+    if len(scores) != len(answered):
+        raise RewardError(
+            f"{where}: expected {len(answered)} numbers, one for each response, found {len(scores)}",
+            hint="mend it, then --resume",
+        )
+    for score, each in zip(scores, answered):
+        if not math.isfinite(score):
+            raise RewardError(
+                f"{where}: expected finite numbers, found {score} for the response "
+                f"{each.messages[-1]['content']!r:.80}",
+                hint="mend it, then --resume",
+            )
+    return torch.tensor(scores, dtype=torch.float32)
+
+
+# --- where rewards come from --------------------------------------------------------------------------------
+
+
+def check_rewards(recipe: PPORecipe, base: Base, tokenizer: Any) -> None:
+    """Find what can be found wrong before weights are loaded.
+
+    Raises:
+        UserError: a function cannot be imported, a folder holds no reward model, or one for another base.
+    """
+    from rlhf.reward.adapter import check_fits, read_info
+
+    for part in recipe.reward_parts():
+        if is_function(part.path):
+            load_function(part.path)
+            continue
+        folder = Path(recipe.resolve(part.path))
+        if not folder.is_dir():
+            raise UserError(
+                f"ppo.reward: {part.path}: no such folder, and no package.module:function",
+                hint="train a reward model with stage reward, and give the adapter/ folder of its run",
+            )
+        if (folder / "adapter_config.json").is_file() or not (folder / "config.json").is_file():
+            check_fits(folder, read_info(folder), base=base, tokenizer=tokenizer)
+
+
+def build_rewards(
+    recipe: PPORecipe, models: SharedBase, base: Base, tokenizer: Any, *, batch_size: int
+) -> Rewards:
+    """The rewards of a recipe; adapters are put on the shared base under the names ``reward_NAME``.
+
+    Raises:
+        UserError: see `check_rewards`.
+    """
+    parts = []
+    for part in recipe.reward_parts():
+        folder = Path(recipe.resolve(part.path))
+        if is_function(part.path):
+            parts.append(_function_part(part))
+        elif (folder / "adapter_config.json").is_file():
+            parts.append(_adapter_part(part, folder, models, base, tokenizer, batch_size))
+        else:
+            parts.append(_merged_part(part, folder, recipe, batch_size))
+    return Rewards(parts)
+
+
+def is_function(path: str) -> bool:
+    """Whether a path names a Python function, ``package.module:function``."""
+    module, colon, name = path.partition(":")
+    return bool(colon) and name.isidentifier() and all(p.isidentifier() for p in module.split("."))
+
+
+def load_function(path: str) -> Callable[[Conversations], Sequence[float]]:
+    """Import ``package.module:function``; modules in the current directory are found too.
+
+    Raises:
+        UserError: there is no such module or function.
+    """
+    module_name, _, name = path.partition(":")
+    if "" not in sys.path:
+        sys.path.insert(0, "")
+    try:
+        function = getattr(importlib.import_module(module_name), name)
+    except (ImportError, AttributeError) as error:
+        raise UserError(
+            f"ppo.reward: {path} cannot be imported: {error}",
+            hint="expected package.module:function, installed or below the current directory",
+        ) from error
+    if not callable(function):
+        raise UserError(f"ppo.reward: {path} is no function but {type(function).__name__}")
+    return function
+
+
+def _part(part: RewardPart, score: Reward, mean: float, std: float) -> Part:
+    """With the recipe's mean and deviation, where it has them, in place of those given."""
+    mean = mean if part.mean is None else part.mean
+    return Part(str(part.name), part.path, score, part.weight, mean, part.std or std)
+
+
+def _function_part(part: RewardPart) -> Part:
+    function = load_function(part.path)
+
+    def score(answered: Sequence[Answered]) -> Sequence[float]:
+        try:
+            return function([each.messages for each in answered])
+        except Exception as error:  # whatever somebody else's function raises
+            *_, last = traceback.extract_tb(error.__traceback__)
+            raise RewardError(
+                f"ppo.reward: {part.path} raised {type(error).__name__}: {error} "
+                f"({Path(last.filename).name}:{last.lineno})",
+                hint="mend it, then --resume",
+            ) from error
+
+    return _part(part, score, 0.0, 1.0)
+
+
+def _adapter_part(
+    part: RewardPart, folder: Path, models: SharedBase, base: Base, tokenizer: Any, batch_size: int
+) -> Part:
+    from rlhf.reward.adapter import load_reward
+
+    adapter = f"reward_{part.name}".replace(".", "_")  # peft's names stand between dots
+    loaded = load_reward(folder, models.peft, base=base, tokenizer=tokenizer, name=adapter)
+    models.register(adapter)
+
+    def score(answered: Sequence[Answered]) -> Sequence[float]:
+        return _in_batches(
+            answered,
+            batch_size,
+            lambda some: loaded.head(last_hidden(models, adapter, [each.ids for each in some])),
+        )
+
+    found = _part(part, score, loaded.info.mean, loaded.info.std)
+    found.adapter, found.head_weight = adapter, loaded.head.weight
+    return found
+
+
+def _merged_part(part: RewardPart, folder: Path, recipe: PPORecipe, batch_size: int) -> Part:
+    """A sequence classifier with its own weights and tokenizer; reward.json beside them says what scores mean."""
+    from transformers import AutoModelForSequenceClassification
+
+    from finetune.baichuan.chat import build_example
+    from finetune.baichuan.checkpoints import read_json
+    from finetune.baichuan.load import compute_dtype, load_tokenizer, pick_device
+
+    device = pick_device()
+    tokenizer = load_tokenizer(folder)
+    model = AutoModelForSequenceClassification.from_pretrained(
+        folder, dtype=compute_dtype(recipe.model.dtype, device), device_map={"": device}
+    ).eval()
+    if model.config.num_labels != 1:
+        raise UserError(f"{folder}: a classifier of {model.config.num_labels} labels, expected one score")
+    info = read_json(folder / "reward.json") if (folder / "reward.json").is_file() else {}
+
+    def scores_of(some: Sequence[Answered]) -> torch.Tensor:
+        rows = [build_example(tokenizer, each.messages, max_length=2**31)["input_ids"] for each in some]
+        width = max(map(len, rows))
+        ids = torch.tensor([[*row, *[0] * (width - len(row))] for row in rows], device=device)
+        mask = torch.tensor([[1] * len(row) + [0] * (width - len(row)) for row in rows], device=device)
+        return model(input_ids=ids, attention_mask=mask).logits[:, 0]
+
+    def score(answered: Sequence[Answered]) -> Sequence[float]:
+        return _in_batches(answered, batch_size, scores_of)
+
+    return _part(part, score, float(info.get("mean", 0.0)), float(info.get("std", 1.0)))
+
+
+@torch.no_grad()
+def _in_batches(
+    answered: Sequence[Answered], batch_size: int, score: Callable[[Sequence[Answered]], torch.Tensor]
+) -> list[float]:
+    """Scores in the order given, computed with those of like length together."""
+    order = sorted(range(len(answered)), key=lambda row: len(answered[row].ids))
+    scores = [0.0] * len(answered)
+    for start in range(0, len(order), batch_size):
+        chosen = order[start : start + batch_size]
+        for row, value in zip(chosen, score([answered[i] for i in chosen]).float().tolist()):
+            scores[row] = value
+    return scores
