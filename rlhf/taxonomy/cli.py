@@ -1,0 +1,170 @@
+"""`finetune taxonomy …`: names and options. What is done is done elsewhere."""
+
+from __future__ import annotations
+
+from enum import StrEnum
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+if TYPE_CHECKING:
+    from rlhf.taxonomy.classifier import Prediction
+    from rlhf.taxonomy.reading import PromptFile
+    from rlhf.taxonomy.tree import Taxonomy
+
+app = typer.Typer(
+    name="taxonomy",
+    help="What prompts ask: the three-tier taxonomy, coverage of data, balanced samples.",
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode=None,
+)
+
+
+class SampleMethod(StrEnum):
+    """How the size of a sample is shared among categories."""
+
+    quota = "quota"
+    temperature = "temperature"
+
+
+File = Annotated[str, typer.Argument(metavar="FILE", help="Data file, folder, pattern or hub data set.")]
+Overlays = Annotated[
+    list[Path] | None,
+    typer.Option("--overlay", metavar="YAML", help="Categories of your own; may be repeated."),
+]
+Labelled = Annotated[
+    Path | None,
+    typer.Option(metavar="JSONL", help="More prompts to learn from, with a column `category`."),
+]
+Threshold = Annotated[
+    float, typer.Option(min=0.0, max=1.0, help="Confidence below which a category is unknown.")
+]
+ModelOption = Annotated[
+    str | None, typer.Option(metavar="M", help="Let this language model choose among the names instead.")
+]
+Adapter = Annotated[Path | None, typer.Option(metavar="DIR", help="Adapter to put on the model.")]
+
+
+@app.command()
+def stats(overlay: Overlays = None) -> None:
+    """Count the categories, of prompts and of safety."""
+    from rlhf.taxonomy.commands import show_stats
+
+    show_stats(overlay or [])
+
+
+@app.command()
+def classify(
+    file: File,
+    output: Annotated[
+        Path | None, typer.Option(metavar="JSONL", help="Write prompt and category of each row here.")
+    ] = None,
+    overlay: Overlays = None,
+    labelled: Labelled = None,
+    threshold: Threshold = 0.4,
+    model: ModelOption = None,
+    adapter: Adapter = None,
+) -> None:
+    """Find the category of each prompt."""
+    from rlhf.taxonomy.commands import show_classes, write_classes
+
+    found, taxonomy, predictions = _classified(file, overlay, labelled, threshold, model, adapter)
+    if output:
+        write_classes(output, found, predictions)
+    show_classes(found, predictions, taxonomy)
+    if output:
+        typer.echo(f"categories: {output}")
+
+
+@app.command()
+def evaluate(
+    file: Annotated[
+        Path | None,
+        typer.Argument(metavar="[FILE]", help="Labelled prompts; the shipped held-out set by default."),
+    ] = None,
+    overlay: Overlays = None,
+    labelled: Labelled = None,
+    threshold: Threshold = 0.4,
+    model: ModelOption = None,
+    adapter: Adapter = None,
+) -> None:
+    """Measure the classification of a labelled set."""
+    from rlhf.taxonomy.commands import show_evaluation
+
+    show_evaluation(file, overlay or [], labelled, threshold, model, adapter)
+
+
+@app.command()
+def coverage(
+    file: File,
+    output: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="HTML", help="Page to write; by default FILE.coverage.html in the current folder."
+        ),
+    ] = None,
+    json_output: Annotated[
+        Path | None, typer.Option("--json", metavar="JSON", help="Write the numbers here too.")
+    ] = None,
+    overlay: Overlays = None,
+    labelled: Labelled = None,
+    threshold: Threshold = 0.4,
+    model: ModelOption = None,
+    adapter: Adapter = None,
+) -> None:
+    """Show how prompts are spread over the categories, as a table and a page."""
+    from rlhf.taxonomy.commands import show_coverage
+
+    found, taxonomy, predictions = _classified(file, overlay, labelled, threshold, model, adapter)
+    page = show_coverage(found, taxonomy, predictions, output, json_output)
+    typer.echo(f"page: {page}")
+
+
+@app.command()
+def sample(
+    file: File,
+    size: Annotated[int, typer.Option(min=1, metavar="N", help="Rows wanted.")],
+    output: Annotated[Path, typer.Option(metavar="JSONL", help="Write the rows here, as they are.")],
+    seed: Annotated[int, typer.Option(help="Decides which rows of a category are taken.")] = 42,
+    method: Annotated[
+        SampleMethod, typer.Option(help="Even shares, or rows to the power of --temperature.")
+    ] = SampleMethod.quota,
+    temperature: Annotated[
+        float, typer.Option(min=0.0, max=1.0, help="0 is the same for all categories, 1 leaves the mix.")
+    ] = 0.3,
+    overlay: Overlays = None,
+    labelled: Labelled = None,
+    threshold: Threshold = 0.4,
+    model: ModelOption = None,
+    adapter: Adapter = None,
+) -> None:
+    """Draw a sample that is balanced over the categories and free of near-duplicates."""
+    from rlhf.taxonomy.commands import write_sample
+
+    found, _, predictions = _classified(file, overlay, labelled, threshold, model, adapter)
+    write_sample(
+        found, predictions, output, size=size, seed=seed, method=method.value, temperature=temperature
+    )
+
+
+def _classified(
+    file: str,
+    overlay: list[Path] | None,
+    labelled: Path | None,
+    threshold: float,
+    model: str | None,
+    adapter: Path | None,
+) -> tuple[PromptFile, Taxonomy, list[Prediction]]:
+    """The prompts of a file, and the category of each."""
+    from rlhf.taxonomy.commands import predict
+    from rlhf.taxonomy.reading import read_prompts
+    from rlhf.taxonomy.tree import load_taxonomy
+
+    taxonomy = load_taxonomy(*(overlay or []))
+    found = read_prompts(file)
+    note = found.note()
+    if note:
+        typer.echo(f"note: {note}", err=True)
+    return found, taxonomy, predict(found.prompts, taxonomy, labelled, threshold, model, adapter)
