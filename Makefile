@@ -27,7 +27,8 @@ help:  ## what there is
 		printf '  make %-12s %s\n' "$$target" "$$what"; done
 
 quickstart: $(READY)  ## fine-tune the nano model on medical conversations and show the result (no GPU needed)
-	$(RUN) recipes/qlora_medical.yaml model.base=baichuan2-nano output_dir=runs/quickstart --overwrite $(ARGS)
+	$(RUN) recipes/qlora_medical.yaml model.base=baichuan2-nano output_dir=runs/quickstart \
+		$(if $(findstring --resume,$(ARGS)),,--overwrite) $(ARGS)
 
 test: $(READY)  ## unit and integration tests
 	$(BIN)/python -m pytest $(ARGS)
