@@ -20,7 +20,7 @@ NF4_BYTES = 0.5 + (1 + 4 / 256) / 64
 OPTIMIZER_BYTES = {"adamw": 8, "adamw_8bit": 2, "paged_adamw": 0, "paged_adamw_8bit": 0}
 """State of a trainable parameter on the device; paged state moves to host memory under pressure."""
 
-CONTEXT_BYTES = {"cuda": int(0.6 * GIB), "cpu": int(0.55 * GIB)}
+CONTEXT_BYTES = {"cuda": int(0.6 * GIB), "cpu": int(0.68 * GIB)}
 """Before any tensor: CUDA context and libraries, or Python with torch and friends."""
 
 
