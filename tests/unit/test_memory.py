@@ -95,9 +95,10 @@ def test_suggestions_fit_what_they_promise() -> None:
             ] = parsed
         assert predicted(**changes) <= budget or len(found) == 1
     # Where no single change is enough, all together are named.
-    (everything,) = suggestions(made, CONFIG_13B, LORA_64, 10 * GIB)
+    (everything,) = suggestions(made, CONFIG_13B, LORA_64, 16 * GIB)
     assert "batch_size=1" in everything
     assert "nf4" in everything
+    assert suggestions(made, CONFIG_13B, LORA_64, 4 * GIB) == []  # nothing that would not fit either
 
 
 # --- counting -----------------------------------------------------------------------------------------------

@@ -125,8 +125,8 @@ def test_check_plans_for_a_card_without_base_and_gpu(tmp_path: Path) -> None:
     assert "fits 24GiB: 9." in output
     assert "what fits it: data.max_length up to" in output
     assert not (tmp_path / "x").exists()
-    output = finetune("check", "recipes/qlora_medical_13b.yaml", "--device", "12GiB")
-    assert "does not fit 12GiB" in output
+    output = finetune("check", "recipes/qlora_medical_13b.yaml", "--device", "14.9GiB")
+    assert "does not fit 14.9GiB" in output
     assert "try " in output
     output = finetune("check", "recipes/qlora_medical_13b.yaml", "--device", "4GiB", expect=2)
     assert "use a smaller base or a GPU with more memory" in output
