@@ -4,7 +4,10 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import pytest
 from test_quickstart import finetune
+
+pytestmark = pytest.mark.slow
 
 BASE = "baichuan2-nano"
 TALK = ("--greedy", "--max-new-tokens", "40")
