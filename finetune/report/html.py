@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import base64
 import hashlib
-from datetime import datetime
 from pathlib import Path
 
 from finetune.files import write_text
@@ -69,7 +68,6 @@ def render(run: RunFolder) -> str:
         recipe_text=yaml.safe_dump(run.recipe, allow_unicode=True, sort_keys=False),
         environment=page.facts({k: v for k, v in run.environment.items() if k != "earlier"}),
         commands=page.commands(run),
-        built=datetime.now().strftime("%Y-%m-%d %H:%M"),
         style=Markup((TEMPLATES / "report.css").read_text(encoding="utf-8")),
         script=Markup(script),
         # The page may run this script and no other, whatever a sample contains.

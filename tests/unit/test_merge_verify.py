@@ -33,7 +33,8 @@ def comparison(folder: Path) -> dict[str, Any]:
 def test_float32_merges_differ_by_rounding_only(tiny_base: Path, tmp_path: Path, kind: str) -> None:
     write_adapter(tiny_base, tmp_path / "adapter", kind)
     found = comparison(merge_adapter(tmp_path / "adapter", tmp_path / "merged"))
-    assert found["max_difference"] < 1e-5
+    assert found["max_difference"] < 2e-5  # of 400,000 logits of up to 40: a few units in the last place
+    assert found["relative_difference"] < 2e-6
     assert found["mean_kl"] < 1e-9
     assert found["agreement"] == 1
     assert found["adapter_effect"] > 0.01
