@@ -18,6 +18,8 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 RUN := $(BIN)/python -m finetune run
+# A thread each (tests/conftest.py); tests that share what is costly to make stand in one file.
+SIDE_BY_SIDE := -n 2 --dist loadfile --no-loadscope-reorder
 
 .DEFAULT_GOAL := help
 .PHONY: help quickstart test test-all lint format clean
@@ -31,7 +33,7 @@ quickstart: $(READY)  ## fine-tune the nano model on medical conversations and s
 		$(if $(findstring --resume,$(ARGS)),,--overwrite) $(ARGS)
 
 test: $(READY)  ## unit and integration tests
-	$(BIN)/python -m pytest $(ARGS)
+	$(BIN)/python -m pytest $(SIDE_BY_SIDE) $(ARGS)
 
 test-all: $(READY)  ## the slow tests too, and the GPU ones where there is a GPU
 	$(BIN)/python -m pytest -m 'gpu or not gpu' $(ARGS)

@@ -13,6 +13,7 @@ from finetune.errors import UserError
 if TYPE_CHECKING:
     from finetune.baichuan.load import Base
     from finetune.baichuan.tokenization import BaichuanTokenizer
+    from finetune.recipe.schema import Model
 
 HELP = "/new begins a new conversation, /exit (or Ctrl-D) ends"
 
@@ -45,13 +46,7 @@ def chat(
 
     quiet_libraries()
     with _memory_explained(model):
-        held = quantization or trained_quantization(adapter)
-        if held != "none" and quantization is None:
-            print(
-                f"base held in {held}, as the adapter was trained (--quantization none for 16 bits)",
-                file=sys.stderr,
-            )
-        network, tokenizer = load(model, adapter, quantization=held)
+        network, tokenizer = load(model, adapter, quantization=quantization)
         settings = generation_settings(
             network,
             greedy=greedy,
@@ -91,8 +86,16 @@ def trained_quantization(adapter: Path | None) -> str:
     return str(read_training_note(adapter).get("quantization", "none")) if adapter is not None else "none"
 
 
-def load(model: str, adapter: Path | None, *, quantization: str) -> tuple[Any, BaichuanTokenizer]:
-    """The model, with its adapter if one is given, and the tokenizer."""
+def load(
+    model: str | Model, adapter: Path | None, *, quantization: str | None = None
+) -> tuple[Any, BaichuanTokenizer]:
+    """The model, with its adapter if one is given, and the tokenizer.
+
+    Args:
+        model: what names it, or the section of a recipe, whose own quantization holds.
+        adapter: folder.
+        quantization: how to hold a model that is named; None is as training held the base of the adapter.
+    """
     from finetune.adapters.build import load_adapter
     from finetune.baichuan.load import load_model, load_tokenizer, resolve_base
     from finetune.recipe.schema import Model
@@ -101,10 +104,22 @@ def load(model: str, adapter: Path | None, *, quantization: str) -> tuple[Any, B
         from finetune.adapters.build import check_adapter_folder
 
         check_adapter_folder(adapter)
-    base = resolve_base(model, called="--model")
+    named = isinstance(model, str)
+    held = (quantization or trained_quantization(adapter)) if isinstance(model, str) else model.quantization
+    settings = Model(base=model, quantization=held) if isinstance(model, str) else model  # type: ignore[arg-type]
+    base = resolve_base(
+        settings.base,
+        revision=settings.revision,
+        source=settings.source,
+        called="--model" if named else "model.base",
+    )
     if adapter is not None:
         _check_base(adapter, base)
-    settings = Model(base=model, quantization=quantization)  # type: ignore[arg-type]
+    if named and quantization is None and held != "none":
+        print(
+            f"base held in {held}, as the adapter was trained (--quantization none for 16 bits)",
+            file=sys.stderr,
+        )
     network: Any = load_model(settings, base)
     if adapter is not None:
         network = load_adapter(network, adapter)

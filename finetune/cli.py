@@ -9,14 +9,14 @@ import os
 import select
 import sys
 import traceback
-from enum import StrEnum
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import typer
 from typer.core import TyperGroup
 
 from finetune import __version__
+from finetune.cli_options import AdapterFolder, HeldIn, ModelName, SystemMessage, command_group
 from finetune.command_table import COMMANDS, load_command
 from finetune.errors import UserError
 
@@ -45,7 +45,10 @@ class _Group(TyperGroup):
         debug = ctx.meta[_DEBUG]
         try:
             return super().invoke(ctx)
-        except (typer.Exit, typer.Abort, _UsageError):
+        except _UsageError as error:
+            error.message = error.message.replace("Value error, ", "")  # typer lets pydantic speak
+            raise
+        except (typer.Exit, typer.Abort):
             raise
         except UserError as error:
             _say(error.exit_code, str(error), error if debug else None)
@@ -90,72 +93,16 @@ def _say(code: int, message: str, error: BaseException | None, checkpoint: Path 
         print(f"\033[1;31m{label}\033[0m" if sys.stderr.isatty() else label, message, file=sys.stderr)
 
 
-app = typer.Typer(
+app = command_group(
+    "finetune",
+    "Fine-tune Baichuan 2 by recipes: LoRA, QLoRA, P-Tuning, prefix tuning.",
     cls=_Group,
-    name="finetune",
-    help="Fine-tune Baichuan 2 by recipes: LoRA, QLoRA, P-Tuning, prefix tuning.",
     epilog="Start with: finetune run recipes/qlora_medical.yaml model.base=baichuan2-nano",
-    add_completion=False,
     no_args_is_help=True,
-    pretty_exceptions_enable=False,
-    rich_markup_mode=None,
-    context_settings={"help_option_names": ["-h", "--help"]},
 )
 
 
-class Quantization(StrEnum):
-    """How chat holds the base."""
-
-    none = "none"
-    int8 = "int8"
-    nf4 = "nf4"
-
-
-class Dtype(StrEnum):
-    """Precisions that weights are written in."""
-
-    bfloat16 = "bfloat16"
-    float16 = "float16"
-    float32 = "float32"
-
-
-class MergeFormat(StrEnum):
-    """Layouts that merge writes."""
-
-    baichuan = "baichuan"
-    llama = "llama"
-
-
-class Onto(StrEnum):
-    """Weights of the base that merge begins with."""
-
-    original = "original"
-    dequantized = "dequantized"
-
-
-class Combine(StrEnum):
-    """How merge combines several adapters."""
-
-    linear = "linear"
-    ties = "ties"
-    dare_linear = "dare_linear"
-    dare_ties = "dare_ties"
-
-
-class ExportFormat(StrEnum):
-    """What export writes."""
-
-    llama = "llama"
-    int8 = "int8"
-    nf4 = "nf4"
-
-
-class Layout(StrEnum):
-    """How q, k and v are held."""
-
-    PACKED = "packed"
-    SPLIT = "split"
-
+Dtype = Literal["bfloat16", "float16", "float32"]
 
 RecipeFile = Annotated[
     Path, typer.Argument(metavar="RECIPE", help="YAML file of a recipe or a pipeline of recipes")
@@ -215,10 +162,9 @@ def check(
     from finetune.recipe import load_pipeline
 
     recipes = load_pipeline(recipe, overrides or [])
-    from finetune.check import check as check_recipe
+    from finetune.check import check_all
 
-    for each in recipes:
-        check_recipe(each, device=device)
+    check_all(recipes, device=device)
 
 
 @app.command()
@@ -232,10 +178,11 @@ def merge(
         bool, typer.Option("--force-base", help="Merge even if the base may be another one than trained on.")
     ] = False,
     format: Annotated[
-        MergeFormat, typer.Option(help="Baichuan's layout, or a stock Llama model (RoPE only).")
-    ] = MergeFormat.baichuan,
+        Literal["baichuan", "llama"],
+        typer.Option(help="Baichuan's layout, or a stock Llama model (RoPE only)."),
+    ] = "baichuan",
     onto: Annotated[
-        Onto | None,
+        Literal["original", "dequantized"] | None,
         typer.Option(help="Original weights, or those that training on a quantised base computed with."),
     ] = None,
     dtype: Annotated[Dtype | None, typer.Option(help="Precision to write, if not the base's own.")] = None,
@@ -243,7 +190,10 @@ def merge(
     weights: Annotated[
         str | None, typer.Option(metavar="W,W", help="Factors of several adapters, such as 0.7,0.3.")
     ] = None,
-    combine: Annotated[Combine, typer.Option(help="How several adapters are combined.")] = Combine.linear,
+    combine: Annotated[
+        Literal["linear", "ties", "dare_linear", "dare_ties"],
+        typer.Option(help="How several adapters are combined."),
+    ] = "linear",
     density: Annotated[float, typer.Option(help="Share of values that TIES and DARE keep.")] = 0.5,
     seed: Annotated[int, typer.Option(help="Of DARE's random choice.")] = 0,
     verify: Annotated[
@@ -264,12 +214,12 @@ def merge(
         base=base,
         force_base=force_base,
         weights=None if weights is None else parse_weights(weights),
-        combine=combine.value,
+        combine=combine,
         density=density,
         seed=seed,
-        onto=onto.value if onto else None,
-        format=format.value,
-        dtype=dtype.value if dtype else None,
+        onto=onto,
+        format=format,
+        dtype=dtype,
         max_shard_size=max_shard_size,
         verify=verify,
         progress=True,
@@ -285,10 +235,10 @@ def merge(
 
 @app.command()
 def chat(
-    model: Annotated[str, typer.Option(help="Catalogue name, local folder or hub id.")],
-    adapter: Annotated[Path | None, typer.Option(metavar="DIR", help="Adapter to put on the model.")] = None,
+    model: ModelName,
+    adapter: AdapterFolder = None,
     prompt: Annotated[str | None, typer.Option(metavar="TEXT", help="Answer this once, and end.")] = None,
-    system: Annotated[str | None, typer.Option(metavar="TEXT", help="System message.")] = None,
+    system: SystemMessage = None,
     greedy: Annotated[bool, typer.Option("--greedy", help="Always take the likeliest token.")] = False,
     max_new_tokens: Annotated[int | None, typer.Option(min=1, metavar="N", help="Longest answer.")] = None,
     temperature: Annotated[
@@ -299,10 +249,7 @@ def chat(
         float | None, typer.Option(min=0.0, max=1.0, help="Choose among tokens up to this mass.")
     ] = None,
     repetition_penalty: Annotated[float | None, typer.Option(min=0.01, help="Above 1 repeats less.")] = None,
-    quantization: Annotated[
-        Quantization | None,
-        typer.Option(help="How to hold the base, if not as the adapter was trained on it."),
-    ] = None,
+    quantization: HeldIn = None,
 ) -> None:
     """Talk with a model: interactive, or one answer with --prompt."""
     from finetune.chat_command import chat as start_chat
@@ -318,7 +265,7 @@ def chat(
         top_k=top_k,
         top_p=top_p,
         repetition_penalty=repetition_penalty,
-        quantization=quantization.value if quantization else None,
+        quantization=quantization,
     )
 
 
@@ -356,10 +303,11 @@ def doctor() -> None:
 
 @app.command()
 def export(
-    model: Annotated[str, typer.Option(help="Catalogue name, local folder or hub id.")],
+    model: ModelName,
     output: Annotated[Path, typer.Option(metavar="DIR", help="Folder to write.")],
     format: Annotated[
-        ExportFormat, typer.Option(help="A stock Llama model (RoPE only), or quantised by bitsandbytes.")
+        Literal["llama", "int8", "nf4"],
+        typer.Option(help="A stock Llama model (RoPE only), or quantised by bitsandbytes."),
     ],
     dtype: Annotated[Dtype | None, typer.Option(help="Precision to write, if not the model's own.")] = None,
     max_shard_size: Annotated[str, typer.Option(metavar="SIZE", help="Largest weight file.")] = "5GB",
@@ -370,8 +318,8 @@ def export(
     done = export_model(
         model,
         output,
-        format=format.value,
-        dtype=dtype.value if dtype else None,
+        format=format,
+        dtype=dtype,
         max_shard_size=max_shard_size,
         progress=True,
     )
@@ -381,7 +329,9 @@ def export(
 @app.command("convert-adapter")
 def convert_adapter(
     adapter: Annotated[Path, typer.Option(metavar="DIR", help="LoRA adapter folder.")],
-    to: Annotated[Layout, typer.Option(help="LoRA on W_pack, or on q_proj, k_proj and v_proj.")],
+    to: Annotated[
+        Literal["packed", "split"], typer.Option(help="LoRA on W_pack, or on q_proj, k_proj and v_proj.")
+    ],
     output: Annotated[Path, typer.Option(metavar="DIR", help="Folder to write.")],
     rank: Annotated[
         int | None, typer.Option(min=1, metavar="N", help="Reduce packed ranks above this one.")
@@ -390,9 +340,9 @@ def convert_adapter(
     """Convert LoRA between W_pack (Baichuan) and q, k, v (Llama)."""
     from finetune.adapters import convert_adapter as convert
 
-    done = convert(adapter, output, to=to.value, rank=rank)
+    done = convert(adapter, output, to=to, rank=rank)
     typer.echo(f"converted adapter: {done.folder} ({done.summary()})")
-    if to is Layout.SPLIT:
+    if to == "split":
         typer.echo("It fits the base as exported with `finetune export --format llama`.")
 
 

@@ -44,11 +44,18 @@ _REQUIRED = {
 _OPTIONAL = [
     (
         "flash_attn",
-        "model.attention flash_attention_2 (long examples, packing)",
+        "model.attention flash_attention_2 (ALiBi without wider heads)",
         "pip install flash-attn --no-build-isolation",
+    ),
+    ("liger_kernel", "train.kernels: liger", "pip install '.[gpu]' in the toolkit's folder"),
+    (
+        "flash_attn_interface",
+        "model.attention flash_attention_3 (Hopper GPUs)",
+        "pip install ./hopper --no-build-isolation in a checkout of flash-attention",
     ),
     ("deepspeed", "recipes/accelerate/ ZeRO-2 and ZeRO-3", "pip install '.[gpu]' in the toolkit's folder"),
     ("modelscope", "model.source modelscope", "pip install '.[modelscope]' in the toolkit's folder"),
+    ("vllm", "ppo.rollout_engine vllm", "pip install '.[vllm]' in the toolkit's folder"),
 ]
 _ENVIRONMENT = (
     "HF_HUB_OFFLINE",
@@ -158,6 +165,20 @@ def devices() -> Iterator[Finding]:
         yield Finding("bfloat16", "not on this GPU", "note", "set model.dtype to float16")
 
 
+def attention() -> Iterator[Finding]:
+    """What `model.attention: auto` takes here for the 7B (RoPE) and the 13B (ALiBi) models."""
+    load = _import("finetune.baichuan.load")
+    choice = _import("finetune.baichuan.attention_choice")
+    if _import("torch") is None or load is None or choice is None:
+        yield Finding("attention", "unknown: torch cannot be imported", "missing", "see packages above")
+        return
+    device = load.pick_device()
+    dtype = load.compute_dtype("bfloat16", device)
+    for encoding, name in (("rope", "RoPE (7B)"), ("alibi", "ALiBi (13B)")):
+        chosen = choice.choose_attention("auto", device, dtype, encoding)
+        yield Finding(name, f"attention {chosen}", "note" if "fails" in chosen.reason else "ok")
+
+
 def caches() -> Iterator[Finding]:
     """Where weights and data are kept, and what the environment says about the network."""
     constants = _import("huggingface_hub.constants")
@@ -183,6 +204,7 @@ _SECTIONS: dict[str, Callable[[], Iterator[Finding]]] = {
     "Options": options,
     "Machine": machine,
     "Devices": devices,
+    "Attention": attention,
     "Caches and network": caches,
 }
 

@@ -29,6 +29,48 @@ def greedy_answers(
     Returns:
         Texts without special tokens, in the order of the prompts.
     """
+    settings = {"do_sample": False, **NO_SAMPLING, "max_new_tokens": max_new_tokens}
+    return _answers(model, tokenizer, prompts, settings, batch_size)
+
+
+def sampled_answers(
+    model: Any,
+    tokenizer: BaichuanTokenizer,
+    prompts: Sequence[Sequence[int]],
+    *,
+    max_new_tokens: int,
+    temperature: float,
+    seed: int,
+    top_p: float = 1.0,
+    batch_size: int = 8,
+) -> list[str]:
+    """A random continuation of each prompt, the same for the same seed, prompts and batch size.
+
+    Args:
+        model: as for `greedy_answers`, as are the other arguments.
+        temperature: above 0; below 1 is steadier, above is wilder.
+        seed: of the draws; the global generators stay as they are.
+        top_p: sample from this much probability.
+
+    Returns:
+        Texts without special tokens, in the order of the prompts.
+    """
+    import torch
+
+    settings = {"do_sample": True, **NO_SAMPLING, "max_new_tokens": max_new_tokens}
+    settings |= {"temperature": temperature, "top_k": 0, "top_p": top_p}
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        return _answers(model, tokenizer, prompts, settings, batch_size)
+
+
+def _answers(
+    model: Any,
+    tokenizer: BaichuanTokenizer,
+    prompts: Sequence[Sequence[int]],
+    settings: dict[str, Any],
+    batch_size: int,
+) -> list[str]:
     import torch
 
     device = next(model.parameters()).device
@@ -45,14 +87,7 @@ def greedy_answers(
             ids = torch.tensor([[0] * n + list(prompts[i]) for n, i in zip(pad, chosen)], device=device)
             mask = torch.tensor([[0] * n + [1] * (width - n) for n in pad], device=device)
             with torch.no_grad():
-                output = model.generate(
-                    input_ids=ids,
-                    attention_mask=mask,
-                    max_new_tokens=max_new_tokens,
-                    do_sample=False,
-                    use_cache=True,
-                    **NO_SAMPLING,
-                )
+                output = model.generate(input_ids=ids, attention_mask=mask, use_cache=True, **settings)
             for i, row in zip(chosen, output[:, width:].tolist()):
                 answers[i] = decode_answer(tokenizer, row)
     finally:

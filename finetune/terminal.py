@@ -1,9 +1,14 @@
-"""Tables for people on a terminal and for programs behind a pipe."""
+"""Tables and live lines for people on a terminal and for programs behind a pipe."""
 
 from __future__ import annotations
 
 import sys
 import unicodedata
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from rich.console import Console
+    from rich.progress import Progress, TaskID
 
 
 def print_table(headers: list[str], rows: list[list[str]]) -> None:
@@ -28,6 +33,23 @@ def print_table(headers: list[str], rows: list[list[str]]) -> None:
     for line in [headers, *rows]:
         cells = (cell + " " * (width - display_width(cell)) for cell, width in zip(line, widths))
         print("  ".join(cells).rstrip())
+
+
+def training_bar(console: Console, title: str, *, total: int, done: int = 0) -> tuple[Progress, TaskID]:
+    """A live line of a training: title, bar, steps, the field ``numbers`` and the time left; started."""
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+    bar = Progress(
+        TextColumn(title),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TextColumn("{task.fields[numbers]}"),
+        TimeRemainingColumn(),
+        console=console,
+        transient=True,
+    )
+    bar.start()
+    return bar, bar.add_task("", total=total, completed=done, numbers="")
 
 
 def display_width(text: str) -> int:

@@ -2,12 +2,26 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 ENCODINGS = ("rope", "alibi")
+LONGEST = "tests/integration/test_quickstart.py"
+"""Trains the nano, and builds it first where no cache holds it: minutes, beside which the other files fit."""
+
+if (
+    "PYTEST_XDIST_WORKER" in os.environ
+):  # one of several at once: a thread each, also in the processes they start
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # the nano's two threads must not spin
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Begin with the longest file: processes side by side then end together."""
+    items.sort(key=lambda item: not item.nodeid.startswith(LONGEST))
 
 
 @pytest.fixture(scope="session")

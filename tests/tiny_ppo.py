@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -71,6 +72,25 @@ def one_too_few(conversations: list[list[dict[str, str]]]) -> list[float]:
 
 def nan(conversations: list[list[dict[str, str]]]) -> list[float]:
     return [float("nan")] * len(conversations)
+
+
+def thirds(conversations: list[list[dict[str, str]]]) -> list[float]:
+    """Equal, and not exact in float32."""
+    return [1 / 3] * len(conversations)
+
+
+def spoils_its_arguments(conversations: list[list[dict[str, str]]]) -> list[float]:
+    found = digits(conversations)
+    for messages in conversations:
+        for message in messages:
+            message["content"] = "spoilt"
+        messages.clear()
+    return found
+
+
+def fails_when_read(conversations: list[list[dict[str, str]]]) -> Iterator[float]:
+    yield 1.0
+    raise ZeroDivisionError("no good")
 
 
 def words(conversations: list[list[dict[str, str]]]) -> list[str]:

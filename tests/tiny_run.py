@@ -58,8 +58,12 @@ def write_recipe(folder: Path, base: Path | str, **sections: dict[str, Any] | st
     return str(path)
 
 
-def finetune(*arguments: Any, expect: int = 0, given: str | None = None) -> str:
-    """Run a command here, ``given`` on its standard input; returns everything it printed."""
+def finetune(*arguments: Any, expect: int = 0, given: str | None = None, notes: bool = True) -> str:
+    """Run a command here, ``given`` on its standard input.
+
+    Returns:
+        Everything it printed; without ``notes`` what went to the standard output only.
+    """
     threads = torch.get_num_threads()
     result = CliRunner().invoke(app, [str(argument) for argument in arguments], input=given)
     torch.set_num_threads(threads)
@@ -68,7 +72,7 @@ def finetune(*arguments: Any, expect: int = 0, given: str | None = None) -> str:
     assert result.exit_code == expect, result.output
     if expect in (2, 130):
         assert "Traceback" not in result.output
-    return result.output
+    return result.output if notes else result.stdout
 
 
 def start(*arguments: Any) -> subprocess.Popen[str]:

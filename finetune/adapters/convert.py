@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from finetune.adapters.build import check_adapter_folder
 from finetune.adapters.lora_weights import LoraUpdate, check_lora_config, read_updates
 from finetune.errors import UserError
+from finetune.words import plural
 
 if TYPE_CHECKING:
     import torch
@@ -50,7 +51,7 @@ class Conversion:
 
     def summary(self) -> str:
         """One line for a terminal."""
-        text = f"{self.layers} layers, rank {self.rank}"
+        text = f"{plural(self.layers, 'layer')}, rank {self.rank}"
         if self.relative_error:
             text += f", relative error {self.relative_error:.2e}, in one layer up to {self.largest_error:.2e}"
         return text

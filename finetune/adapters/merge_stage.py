@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from finetune.errors import UserError
+from finetune.main_process import in_main_process
 
 if TYPE_CHECKING:
     from finetune.recipe.merge import MergeRecipe
@@ -26,19 +26,11 @@ def run(recipe: MergeRecipe, *, resume: bool, overwrite: bool) -> Path:
     Raises:
         UserError: as `finetune.adapters.merge_adapter`.
     """
-    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
-        return _merge(recipe, overwrite=overwrite)
-    from accelerate import PartialState
-
-    state = PartialState(cpu=not _has_cuda())
-    output = Path(recipe.output_dir)
-    if state.is_main_process:
-        output = _merge(recipe, overwrite=overwrite)
-    state.wait_for_everyone()
-    return output
+    in_main_process(lambda: _merge(recipe, overwrite=overwrite))
+    return Path(recipe.output_dir)
 
 
-def _merge(recipe: MergeRecipe, *, overwrite: bool) -> Path:
+def _merge(recipe: MergeRecipe, *, overwrite: bool) -> None:
     from finetune.adapters.merge import merge_adapter, merge_summary
     from finetune.quiet import quiet_libraries
 
@@ -49,7 +41,7 @@ def _merge(recipe: MergeRecipe, *, overwrite: bool) -> Path:
     if replaced and not overwrite:
         if _is_this_merge(output, adapter, recipe):
             print(f"merged   {output}, already")
-            return output
+            return
         raise UserError(
             f"output_dir: {output} holds another merge already",
             hint="replace it with --overwrite, remove it, or set another output_dir",
@@ -75,7 +67,6 @@ def _merge(recipe: MergeRecipe, *, overwrite: bool) -> Path:
     lines, _ = merge_summary(output)
     for line in [*lines, f"merged   {output}"]:
         print(line)
-    return output
 
 
 def _is_this_merge(output: Path, adapter: Path, recipe: MergeRecipe) -> bool:
@@ -92,12 +83,6 @@ def _is_this_merge(output: Path, adapter: Path, recipe: MergeRecipe) -> bool:
         return False
     asked = recipe.merge.model_dump(include={"format", "dtype", "onto", "max_shard_size"})
     return all(value is None or settings.get(key) == value for key, value in asked.items())
-
-
-def _has_cuda() -> bool:
-    import torch
-
-    return torch.cuda.is_available()
 
 
 def check(recipe: MergeRecipe, *, device: str | None = None) -> None:

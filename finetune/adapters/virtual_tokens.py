@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from finetune.errors import UserError
+from finetune.words import plural
 
 if TYPE_CHECKING:
     import torch
@@ -103,7 +104,7 @@ def choose_token_ids(
             free.append(index)
     if count > len(free):
         raise UserError(
-            f"{count} virtual tokens, but the vocabulary has only {len(free)} reserved pieces that are free",
+            f"{plural(count, 'virtual token')}, but of the vocabulary's reserved pieces only {len(free)} are free",
             hint="train with fewer: adapter.num_virtual_tokens",
         )
     return free[len(free) - count :]

@@ -24,6 +24,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from weakref import WeakKeyDictionary
 
 from finetune.errors import UserError
+from finetune.words import plural
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -250,7 +251,7 @@ def build_prompt(
     virtual = virtual_token_ids(tokenizer)
     room = max_length - max_new_tokens - len(virtual)
     if room <= 0:
-        beside = f" beside {len(virtual)} virtual tokens" if virtual else ""
+        beside = f" beside {plural(len(virtual), 'virtual token')}" if virtual else ""
         raise UserError(
             f"max_new_tokens {max_new_tokens} leaves no room for a prompt in max_length {max_length}{beside}",
             hint="lower max_new_tokens",

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from finetune.errors import UserError
+from finetune.words import plural
 
 if TYPE_CHECKING:
     import torch
@@ -61,7 +62,7 @@ def complete_weights(
         advance(tensor.numel())
     if missing:
         raise UserError(
-            f"{folder}: {len(missing)} weights are missing: {', '.join(sorted(missing)[:4])}",
+            f"{folder}: {plural(len(missing), 'weight')} missing: {', '.join(sorted(missing)[:4])}",
             hint="the folder does not hold a complete Baichuan model: download it again",
         )
 

@@ -166,6 +166,18 @@ def test_chat_refusals(trained: tuple[Path, Path], tmp_path: Path) -> None:
     message = finetune("chat", "--model", base, "--adapter", run, *TALK, expect=2)
     assert f"give {adapter}" in message
     assert "did you mean" in finetune("chat", "--model", "baichuan2-7b-chta", *TALK, expect=2)
+    nothing = tmp_path / "nothing"
+    nothing.mkdir()
+    (nothing / "training.json").write_text('{"quantization": "nf4"}')
+    message = finetune("chat", "--model", base, "--adapter", nothing, *TALK, expect=2)
+    assert message.startswith(f"error: {nothing}: no adapter_config.json"), "nothing is said of a base first"
+
+
+def test_a_llama_folder_is_told_from_other_models(tiny_bases: dict[str, Path], tmp_path: Path) -> None:
+    finetune("export", "--model", tiny_bases["rope"], "--format", "llama", "--output", tmp_path / "llama")
+    message = finetune("chat", "--model", tmp_path / "llama", *TALK, expect=2)
+    assert "Llama's layout" in message
+    assert "--format baichuan" in message
 
 
 # --- check --------------------------------------------------------------------------------------------------------

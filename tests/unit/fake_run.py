@@ -94,6 +94,7 @@ def _file(name: str, split: str, rows: int, bad: int, tokens: dict[str, Any]) ->
         "duplicates": 0,
         "held_out": 0,
         "tokens": tokens,
+        "sampled": rows - bad if split == "train" else None,
     }
 
 
@@ -131,6 +132,15 @@ DATA_REPORT: dict[str, Any] = {
     "validation": {"rows": 64, "tokens": _VALIDATION_TOKENS, "packing": None},
     "leaked": 0,
     "shared_prompts": 2,
+    "sampling": {
+        "size": 400,
+        "method": "quota",
+        "rows": 318,
+        "taken": 315,
+        "other_categories": 0,
+        "categories": [{"id": "2.03", "name": "医疗健康 health", "rows": 315, "taken": 315}],
+        "near_duplicates": [{"row": "train.jsonl:9", "repeats": "train.jsonl:4"}],
+    },
     "warnings": [
         "3 of 382 data rows cannot be used and are left out",
         "2 of 64 validation conversations begin with a question that is also trained on",

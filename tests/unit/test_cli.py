@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import subprocess
 import sys
@@ -12,24 +11,11 @@ from types import ModuleType
 from typing import Any
 
 import pytest
-from typer.testing import CliRunner
+from fake_stage import RECIPE, call, fake_stage, raise_
 
-from finetune import doctor, stages
-from finetune.cli import app
 from finetune.errors import UserError
 
 ROOT = Path(__file__).resolve().parents[2]
-RECIPE = "stage: sft\nmodel: {base: baichuan2-nano}\ndata: {train: train.jsonl}\n"
-
-
-@pytest.fixture
-def recipe(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
-    """A good recipe in a fresh current directory."""
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.delenv("LOCAL_RANK", raising=False)
-    monkeypatch.delenv(stages.OUTCOME_VARIABLE, raising=False)
-    Path("recipe.yaml").write_text(RECIPE)
-    return "recipe.yaml"
 
 
 def fake_module(monkeypatch: pytest.MonkeyPatch, name: str, **members: Any) -> None:
@@ -37,21 +23,6 @@ def fake_module(monkeypatch: pytest.MonkeyPatch, name: str, **members: Any) -> N
     module = ModuleType(name)
     vars(module).update(members)
     monkeypatch.setitem(sys.modules, name, module)
-
-
-def fake_stage(monkeypatch: pytest.MonkeyPatch, function: Any) -> None:
-    monkeypatch.setattr(stages, "_function", lambda stage: function)
-
-
-def call(*args: str) -> Any:
-    return CliRunner().invoke(app, list(args))
-
-
-def raise_(error: BaseException) -> Any:
-    def stage(recipe: Any, **_: Any) -> Path:
-        raise error
-
-    return stage
 
 
 # --- start-up ---------------------------------------------------------------------------------------
@@ -157,6 +128,10 @@ def test_interrupt_exits_with_130_and_names_the_checkpoint(
         (["run", "recipe.yaml", "--resum"], "No such option"),
         (["run", "recipe.yaml", "--processes", "0"], "--processes"),
         (["merge", "--output", "x"], "--adapter"),
+        (
+            ["merge", "--adapter", "a", "--output", "x", "--format", "gguf"],
+            "'--format': 'gguf' is not one of",
+        ),
         (["run", "missing.yaml"], "missing.yaml: no such recipe file"),
         (["run", "recipe.yaml", "train.learning_rat=1"], "did you mean train.learning_rate?"),
         (["run", "recipe.yaml", "--resume", "--overwrite"], "exclude each other"),
@@ -170,113 +145,16 @@ def test_wrong_command_lines_exit_with_2(recipe: str, args: list[str], part: str
     assert "Traceback" not in result.stderr
 
 
-# --- several processes ------------------------------------------------------------------------------
-
-
-class FakeLauncher:
-    """Stands in for subprocess.Popen: records the command and lets a process tell how it failed."""
-
-    def __init__(self, code: int = 0, outcome: dict[str, Any] | None = None, interrupts: int = 0) -> None:
-        self.code, self.outcome, self.interrupts = code, outcome, interrupts
-        self.command: list[str] = []
-
-    def __call__(self, command: list[str], env: dict[str, str]) -> FakeLauncher:
-        self.command, self.env = command, env
-        return self
-
-    def wait(self) -> int:
-        if self.interrupts:
-            self.interrupts -= 1
-            raise KeyboardInterrupt
-        if self.outcome:
-            Path(self.env[stages.OUTCOME_VARIABLE]).write_text(json.dumps(self.outcome))
-        return self.code
-
-
-@pytest.fixture
-def no_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("torch.cuda.device_count", lambda: 0)
-
-
-@pytest.mark.usefixtures("no_gpu")
-def test_processes_go_through_accelerate(recipe: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    launcher = FakeLauncher()
-    monkeypatch.setattr(subprocess, "Popen", launcher)
-    assert call("run", recipe, "seed=1", "--processes", "2", "--overwrite").exit_code == 0
-    assert launcher.command[0] == sys.executable
-    assert "from accelerate.commands.launch import main" in launcher.command[2]
-    assert launcher.env["ACCELERATE_USE_CPU"] == "true"
-    assert launcher.command[launcher.command.index("--num_processes") + 1] == "2"
-    assert launcher.command[-5:] == ["finetune", "run", recipe, "seed=1", "--overwrite"]
-
-
-@pytest.mark.usefixtures("no_gpu")
-def test_launched_process_does_not_launch_again(recipe: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    ran = []
-    monkeypatch.setenv("LOCAL_RANK", "1")
-    monkeypatch.setattr(subprocess, "Popen", lambda *_, **__: pytest.fail("launched again"))
-    fake_stage(monkeypatch, lambda recipe, **_: ran.append(recipe.name))
-    assert call("run", recipe, "--processes", "2").exit_code == 0
-    assert ran == ["recipe"]
-
-
-def test_launched_process_tells_how_it_failed(
-    recipe: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
-    outcome = tmp_path / "outcome.json"
-    monkeypatch.setenv(stages.OUTCOME_VARIABLE, str(outcome))
-    fake_stage(monkeypatch, raise_(UserError("no data", hint="give some")))
-    result = call("run", recipe)
-    assert (result.exit_code, result.stderr) == (2, "")
-    fake_stage(monkeypatch, raise_(UserError("the second to fail")))
-    assert call("run", recipe).exit_code == 2
-    assert json.loads(outcome.read_text()) == {
-        "exit_code": 2,
-        "message": "no data\n  → give some",
-        "checkpoint": None,
-    }
-
-
-@pytest.mark.usefixtures("no_gpu")
-@pytest.mark.parametrize(
-    ("launcher", "code", "part"),
-    [
-        (FakeLauncher(1, {"exit_code": 2, "message": "no data"}), 2, "error: no data\n"),
-        (
-            FakeLauncher(1, {"exit_code": 130, "message": "", "checkpoint": "c/step-3"}, 2),
-            130,
-            "saved c/step-3",
-        ),
-        (FakeLauncher(1, None, 1), 130, "interrupted"),
-        (FakeLauncher(1, {"exit_code": 1, "message": "ValueError"}), 1, "a training process failed"),
-    ],
-)
-def test_failures_of_launched_processes_keep_their_exit_codes(
-    recipe: str, monkeypatch: pytest.MonkeyPatch, launcher: FakeLauncher, code: int, part: str
-) -> None:
-    monkeypatch.setattr(subprocess, "Popen", launcher)
-    result = call("run", recipe, "--processes", "2")
-    assert result.exit_code == code
-    assert part in result.stderr
-
-
-def test_no_more_processes_than_gpus(recipe: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("torch.cuda.device_count", lambda: 1)
-    result = call("run", recipe, "--processes", "2")
-    assert result.exit_code == 2
-    assert "--processes: expected at most 1, the GPUs of this machine, found 2" in result.stderr
-
-
 # --- the other commands -----------------------------------------------------------------------------
 
 
 def test_check_checks_every_recipe(recipe: str, monkeypatch: pytest.MonkeyPatch) -> None:
     checked = []
-    fake_module(monkeypatch, "finetune.check", check=lambda recipe, device: checked.append(recipe.name))
+    fake_module(monkeypatch, "finetune.check", check_all=lambda recipes, device: checked.extend(recipes))
     Path("second.yaml").write_text(RECIPE)
     Path("both.yaml").write_text("pipeline: [recipe.yaml, second.yaml]\n")
     assert call("check", "both.yaml", "seed=2").exit_code == 0
-    assert checked == ["recipe", "second"]
+    assert [each.name for each in checked] == ["recipe", "second"]
 
 
 def test_merge_passes_its_options_on(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -383,51 +261,6 @@ def test_catalog_lists_names_in_columns(monkeypatch: pytest.MonkeyPatch) -> None
     assert rows[0].startswith("small              rope")
     assert rows[0].endswith("built [here]")
     assert rows[1].split() == ["baichuan2-7b-chat", "rope", "org/name@v1"]
-
-
-# --- doctor -----------------------------------------------------------------------------------------
-
-
-def test_doctor_finds_what_is_here(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    monkeypatch.setenv("TRANSFORMERS_OFFLINE", "0")
-    result = call("doctor")
-    assert result.exit_code == 0, result.stdout
-    lines = result.stdout.splitlines()
-    assert any(line.split()[:2] == ["ok", "torch"] for line in lines)
-    assert any(line.split() == ["--", "HF_HUB_OFFLINE", "1"] for line in lines)
-    assert any(line.split() == ["ok", "TRANSFORMERS_OFFLINE", "0"] for line in lines)
-
-
-def test_doctor_says_what_is_missing_for_what(monkeypatch: pytest.MonkeyPatch) -> None:
-    versions = {"torch": None, "peft": "0.1", "transformers": "6.0"}
-    real = doctor._version
-    monkeypatch.setattr(doctor, "_version", lambda name: versions.get(name, real(name)))
-    findings = {finding.name: finding for finding in doctor.packages()}
-    assert findings["torch"].state == "missing"
-    assert findings["torch"].advice.startswith("needed for tensors and training: pip install 'torch>=")
-    assert findings["peft"].value.startswith("0.1, expected >=")
-    assert findings["transformers"].state == "missing"
-    assert findings["accelerate"].state == "ok"
-    assert call("doctor").exit_code == 2
-
-
-def test_doctor_knows_every_range_of_the_project() -> None:
-    ranges = doctor._requirements()
-    assert set(doctor._REQUIRED) <= set(ranges)
-    assert all(ranges[name] for name in doctor._REQUIRED)
-
-
-def test_doctor_notes_what_is_optional(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(doctor, "find_spec", lambda name: None)
-    findings = list(doctor.options())
-    assert {finding.state for finding in findings} == {"note"}
-    assert all(finding.advice.startswith("for ") and "pip install" in finding.advice for finding in findings)
-
-
-def test_doctor_survives_a_broken_torch(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(sys.modules, "torch", None)
-    assert [finding.state for finding in doctor.devices()] == ["missing"]
 
 
 # --- output that nobody reads -----------------------------------------------------------------------

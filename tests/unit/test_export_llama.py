@@ -5,8 +5,6 @@ from __future__ import annotations
 import importlib
 import json
 import shutil
-import subprocess
-import sys
 import tomllib
 from pathlib import Path
 from typing import Any
@@ -14,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from stock_software import ask_stock
 from test_chat import ATTACK, conversation
 from test_checkpoints import as_bin_shards
 from test_merge import write_adapter
@@ -66,7 +65,7 @@ TEXTS = [
 ]
 
 
-def ask_stock(folder: Path, work: Path, ids: torch.Tensor, texts: list[str] = TEXTS) -> dict[str, Any]:
+def ask_llama(folder: Path, work: Path, ids: torch.Tensor, texts: list[str] = TEXTS) -> dict[str, Any]:
     """What software without this package makes of a folder."""
     question = {
         "ids": ids.tolist(),
@@ -75,15 +74,7 @@ def ask_stock(folder: Path, work: Path, ids: torch.Tensor, texts: list[str] = TE
         "chats": CHATS,
         "attacks": ATTACKS,
     }
-    process = subprocess.run(
-        [sys.executable, "-c", STOCK_PROCESS, str(folder)],
-        input=json.dumps(question),
-        capture_output=True,
-        text=True,
-        cwd=work,
-    )
-    assert process.returncode == 0, process.stderr
-    answer = json.loads(process.stdout.splitlines()[-1])
+    answer = ask_stock(STOCK_PROCESS, folder, folder=work, given=question)
     return answer | {"logits": torch.load(work / "logits.pt")}
 
 
@@ -107,7 +98,7 @@ IDS = torch.arange(1200, 1248).reshape(2, 24)
 
 def test_stock_software_computes_the_same(tiny_bases: dict[str, Path], tmp_path: Path) -> None:
     folder = export_model(tiny_bases["rope"], tmp_path / "llama", format="llama").folder
-    answer = ask_stock(folder, tmp_path, IDS)
+    answer = ask_llama(folder, tmp_path, IDS)
     assert answer["missing"] == [[], []]
     expected = logits(AutoModelForCausalLM.from_pretrained(tiny_bases["rope"]), IDS)
     torch.testing.assert_close(answer["logits"], expected, atol=1e-4, rtol=0)
@@ -136,7 +127,7 @@ def test_golden_logits_and_golden_token_ids(shared: Path, golden: Path, tmp_path
     rows = json.loads((golden / "tokenizer.json").read_text(encoding="utf-8"))
     ids = load_file(golden / "baichuan2-7b-tiny" / "inputs.safetensors")["ids"]
     folder = export_model(source, tmp_path / "llama", format="llama").folder
-    answer = ask_stock(folder, tmp_path, ids, [row["text"] for row in rows])
+    answer = ask_llama(folder, tmp_path, ids, [row["text"] for row in rows])
     expected = load_file(golden / "baichuan2-7b-tiny" / "expected.safetensors")["logits"]
     torch.testing.assert_close(answer["logits"], expected, atol=1e-4, rtol=0)
     assert answer["token_ids"] == [row["ids"] for row in rows]
@@ -150,7 +141,7 @@ def test_virtual_tokens_stand_in_front_in_stock_software(tiny_bases: dict[str, P
     virtual = list(tokenizer.virtual_token_ids)
     assert len(virtual) == 5
     ids = torch.tensor([virtual + IDS[0].tolist()])
-    answer = ask_stock(export_model(merged, tmp_path / "llama", format="llama").folder, tmp_path, ids)
+    answer = ask_llama(export_model(merged, tmp_path / "llama", format="llama").folder, tmp_path, ids)
     torch.testing.assert_close(
         answer["logits"], logits(AutoModelForCausalLM.from_pretrained(merged), ids), atol=1e-4, rtol=0
     )
@@ -291,7 +282,7 @@ def test_full_disk(tiny_bases: dict[str, Path], tmp_path: Path, monkeypatch: pyt
 @pytest.mark.parametrize(
     ("change", "says"),
     [
-        ({"model.norm.weight": None}, "1 weights are missing: model.norm.weight"),
+        ({"model.norm.weight": None}, "1 weight missing: model.norm.weight"),
         ({"model.norm.weight": torch.ones(3)}, "model.norm.weight is 3, expected 64"),
         ({"score.weight": torch.ones(1, 64)}, "a Llama model has no place for score.weight"),
     ],

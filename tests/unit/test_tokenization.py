@@ -6,14 +6,13 @@ import json
 import pickle
 import random
 import shutil
-import subprocess
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 from sentencepiece import SentencePieceProcessor
+from stock_software import ask_stock
 from tiny_tokenizer import BYTES_START, train_tiny_sentencepiece, user_defined_pieces
 from tokenizers import AddedToken, Tokenizer
 from transformers import AutoConfig, AutoTokenizer, PreTrainedTokenizerFast
@@ -326,15 +325,7 @@ def test_software_without_this_package_gets_the_same_ids(
     if with_config:
         BaichuanConfig(vocab_size=1800).save_pretrained(tmp_path)
     texts = random_texts(SentencePieceProcessor(model_file=tiny.vocab_file), 100, CONTROL_LITERALS)
-    process = subprocess.run(
-        [sys.executable, "-c", STOCK_PROCESS, str(tmp_path)],
-        input=json.dumps(texts),
-        capture_output=True,
-        text=True,
-        cwd=tmp_path,
-    )
-    assert process.returncode == 0, process.stderr
-    result = json.loads(process.stdout.splitlines()[-1])
+    result = ask_stock(STOCK_PROCESS, tmp_path, folder=tmp_path, given=texts)
     assert result["class"] != "BaichuanTokenizer"
     assert result["ids"] == result["plain"] == tiny(texts)["input_ids"]
     assert result["safe"] == [tiny.encode_content(text) for text in texts]

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import json
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +11,7 @@ import pytest
 import torch
 from peft import PeftModel
 from safetensors.torch import load_file, save_file
+from stock_software import ask_stock
 from test_adapters import LONG, SHORT, adapted, base_model
 from test_chat import ATTACK, conversation
 from tiny_model import HIDDEN, padded, write_tiny_base
@@ -345,11 +344,8 @@ def test_the_merged_tokenizer_needs_none_of_our_code(
     tokenizer: BaichuanTokenizer, merged: dict[str, Path], tmp_path: Path
 ) -> None:
     messages = conversation("头痛", "休息", TEXT, system="医生")
-    arguments = [str(merged["rope"] / "merged"), json.dumps(messages), TEXT]
-    result = subprocess.run(
-        [sys.executable, "-c", STOCK, *arguments], cwd=tmp_path, capture_output=True, text=True, check=True
-    )
-    found = json.loads(result.stdout.splitlines()[-1])
+    arguments = [merged["rope"] / "merged", json.dumps(messages), TEXT]
+    found = ask_stock(STOCK, *arguments, folder=tmp_path)
     assert found["chat"] == build_prompt(tokenizer, messages)
     assert found["call"] == found["plain"] == tokenizer(TEXT)["input_ids"]
 
@@ -378,7 +374,7 @@ def test_pieces_with_a_meaning_are_not_free(tokenizer: BaichuanTokenizer, plain:
     assert choose_token_ids(plain, 2, settings=settings) == [1085, 1087]
     every = [index for index in range(89, 1089) if index not in (191, 192, USER, ASSISTANT)]
     assert choose_token_ids(plain, len(every)) == every
-    with pytest.raises(UserError, match=r"997 virtual tokens, but the vocabulary has only 996 .* free"):
+    with pytest.raises(UserError, match=r"997 virtual tokens, but .* only 996 are free"):
         choose_token_ids(plain, len(every) + 1)
 
 
