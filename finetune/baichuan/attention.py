@@ -7,7 +7,7 @@ the slot of a key in the sequence serves as its position, whatever the packing. 
 stand between the virtual tokens of P-Tuning or a prefix and the text, so masked slots are not counted.
 
 bfloat16 holds 8 significant bits, too few for a position or a slope. Both are split into parts that it holds
-exactly: a position into 64a + b, a slope into three parts; kernels accumulate the products in float32.
+exactly: a position into 256a + b, a slope into three parts; kernels accumulate the products in float32.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ ALIBI_DIMS = 8
 """Dimensions appended to queries and keys: 3 slope parts x 2 position parts, padded to a multiple of 8."""
 
 _SLOPE_PARTS = 3
-_POSITION_BASE = 64
+_POSITION_BASE = 256
 
 
 def alibi_slopes(num_heads: int) -> torch.Tensor:
@@ -65,14 +65,14 @@ def alibi_query_features(slopes: torch.Tensor, scaling: float, dtype: torch.dtyp
 
 
 def alibi_key_features(positions: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """What is appended to keys: the position in two parts, 64a and b, each next to every slope part.
+    """What is appended to keys: the position in two parts, 256a and b, each next to every slope part.
 
     Args:
         positions: integers of shape (batch, keys).
         dtype: of the keys.
 
     Returns:
-        ``dtype`` of shape (batch, keys, ALIBI_DIMS); exact in bfloat16 below 16,384.
+        ``dtype`` of shape (batch, keys, ALIBI_DIMS); exact in bfloat16 below 65,536.
     """
     low = positions % _POSITION_BASE
     high = positions - low

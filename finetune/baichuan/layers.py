@@ -11,15 +11,24 @@ from transformers.activations import ACT2FN
 from transformers.cache_utils import Cache
 from transformers.integrations import use_kernel_forward_from_hub
 from transformers.modeling_layers import GradientCheckpointingLayer
-from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from finetune.baichuan.attention import alibi_slopes, eager_attention, fold_alibi, rotate
+from finetune.baichuan.attend import attend
+from finetune.baichuan.attention import alibi_slopes, rotate
 from finetune.baichuan.configuration import BaichuanConfig
+
+
+def rms_norm(hidden_states: torch.Tensor, weight: torch.Tensor, epsilon: float) -> torch.Tensor:
+    """Root-mean-square norm, computed in float32: torch's own, one kernel on a GPU."""
+    # Autocast would hand out float32, twice the memory, although the kernel computes in it anyway.
+    with torch.autocast(hidden_states.device.type, enabled=False):
+        return nn.functional.rms_norm(hidden_states, weight.shape, weight, epsilon)
 
 
 @use_kernel_forward_from_hub("RMSNorm")
 class BaichuanRMSNorm(nn.Module):
-    """Root-mean-square norm, computed in float32."""
+    """Root-mean-square norm; `normalise` is how."""
+
+    normalise: Callable = staticmethod(rms_norm)
 
     def __init__(self, hidden_size: int, eps: float = 1e-6) -> None:
         super().__init__()
@@ -27,10 +36,7 @@ class BaichuanRMSNorm(nn.Module):
         self.variance_epsilon = eps
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        dtype = hidden_states.dtype
-        hidden_states = hidden_states.float()
-        variance = hidden_states.pow(2).mean(-1, keepdim=True)
-        return self.weight * (hidden_states * torch.rsqrt(variance + self.variance_epsilon)).to(dtype)
+        return self.normalise(hidden_states, self.weight, self.variance_epsilon)
 
 
 class BaichuanRotaryEmbedding(nn.Module):
@@ -73,7 +79,7 @@ class BaichuanAlibi(nn.Module):
 
 
 class BaichuanMLP(nn.Module):
-    """SwiGLU feed-forward."""
+    """SwiGLU feed-forward; `gated` is how gate and up come together."""
 
     def __init__(self, config: BaichuanConfig) -> None:
         super().__init__()
@@ -81,13 +87,20 @@ class BaichuanMLP(nn.Module):
         self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
         self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
         self.act_fn = ACT2FN[config.hidden_act]
+        self.silu = config.hidden_act == "silu"
+
+    def gated(self, gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
+        """(…, intermediate_size) twice → once."""
+        return self.act_fn(gate) * up
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.down_proj(self.act_fn(self.gate_proj(x)) * self.up_proj(x))
+        return self.down_proj(self.gated(self.gate_proj(x), self.up_proj(x)))
 
 
 class BaichuanAttention(nn.Module):
-    """Self-attention with one packed projection for q, k and v."""
+    """Self-attention with one packed projection for q, k and v; `rotate` is how RoPE turns the first two."""
+
+    rotate: Callable = staticmethod(rotate)
 
     def __init__(self, config: BaichuanConfig, layer_idx: int) -> None:
         super().__init__()
@@ -115,20 +128,21 @@ class BaichuanAttention(nn.Module):
         query, key, value = packed.permute(2, 0, 3, 1, 4).unbind(0)
 
         if rotary is not None:
-            query, key = rotate(query, key, *rotary)
+            query, key = self.rotate(query, key, *rotary)
         if past_key_values is not None:
             key, value = past_key_values.update(key, value, self.layer_idx)
-        if slopes is not None:
-            query, key, value = fold_alibi(query, key, value, slopes, self.scaling, key_positions)
-
-        attend: Callable = ALL_ATTENTION_FUNCTIONS.get_interface(
-            self.config._attn_implementation, eager_attention
-        )
         output, weights = attend(
-            self, query, key, value, attention_mask, dropout=0.0, scaling=self.scaling, **kwargs
+            self,
+            query,
+            key,
+            value,
+            attention_mask,
+            scaling=self.scaling,
+            slopes=slopes,
+            key_positions=key_positions,
+            **kwargs,
         )
-        output = output[..., : self.head_dim].reshape(batch, length, -1)
-        return self.o_proj(output), weights
+        return self.o_proj(output.reshape(batch, length, -1)), weights
 
 
 class BaichuanDecoderLayer(GradientCheckpointingLayer):

@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 from transformers import initialization as init
 from transformers.cache_utils import Cache, DynamicCache
 from transformers.generation import GenerationMixin
@@ -21,9 +22,11 @@ from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
 
 from finetune.baichuan import checkpoints
+from finetune.baichuan.attend import takes_documents
 from finetune.baichuan.attention import alibi_slopes
+from finetune.baichuan.checkpointing import Checkpointing
 from finetune.baichuan.configuration import BaichuanConfig
-from finetune.baichuan.documents import document_numbers, flash_documents, unmasked_positions
+from finetune.baichuan.documents import Documents, document_numbers, find_documents, unmasked_positions
 from finetune.baichuan.head import UnitRowHead
 from finetune.baichuan.layers import (
     BaichuanAlibi,
@@ -51,6 +54,21 @@ class BaichuanPreTrainedModel(PreTrainedModel):
     _supports_attention_backend = True
     _can_compile_fullgraph = True
     _can_record_outputs = {"hidden_states": BaichuanDecoderLayer, "attentions": BaichuanAttention}  # noqa: RUF012
+
+    checkpointing = Checkpointing()
+    """What gradient checkpointing keeps, where it is switched on; to be set before."""
+
+    def _set_gradient_checkpointing(
+        self, enable: bool = True, gradient_checkpointing_func: Any = checkpoint, **kwargs: Any
+    ) -> None:
+        if enable:
+            from finetune.baichuan.load import pick_device
+
+            # Not where the weights lie: FSDP takes them to the GPU later.
+            gradient_checkpointing_func = self.checkpointing.applied_to(
+                gradient_checkpointing_func, hidden_size=self.config.hidden_size, device=pick_device()
+            )
+        super()._set_gradient_checkpointing(enable, gradient_checkpointing_func, **kwargs)
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
@@ -107,6 +125,7 @@ class BaichuanModel(BaichuanPreTrainedModel):
         else:
             self.rotary_emb = BaichuanRotaryEmbedding(config)
         self.gradient_checkpointing = False
+        self.layers_are_compiled = False  # documents, of other lengths in every batch, would be other graphs
         self.post_init()
 
     @merge_with_config_defaults
@@ -119,6 +138,7 @@ class BaichuanModel(BaichuanPreTrainedModel):
         past_key_values: Cache | None = None,
         inputs_embeds: torch.FloatTensor | None = None,
         use_cache: bool | None = None,
+        documents: Documents | None = None,
         **kwargs: Any,
     ) -> BaseModelOutputWithPast:
         """Hidden states of every position.
@@ -129,6 +149,7 @@ class BaichuanModel(BaichuanPreTrainedModel):
                 row (1, 1, 1, 2, 2, …), as in the official 13B code: each attends to itself only.
             position_ids: (batch, length). Without an attention mask and a cache, positions that restart mark
                 packed documents too.
+            documents: where they lie, if that is known: to find them, the host waits for the device.
         """
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("give exactly one of input_ids and inputs_embeds")
@@ -145,21 +166,11 @@ class BaichuanModel(BaichuanPreTrainedModel):
             steps = torch.arange(inputs_embeds.shape[1], device=inputs_embeds.device)
             position_ids = (steps + seen).unsqueeze(0)
 
-        documents = document_numbers(attention_mask) if given_cache is None else None
-        if given_cache is None and "flash" in str(self.config._attn_implementation):
-            positions = position_ids.expand(inputs_embeds.shape[0], -1)
-            varlen = flash_documents(positions, attention_mask, documents)
-            if varlen:
-                attention_mask = documents = None
-                kwargs.update(varlen)
-        mask = create_causal_mask(
-            config=self.config,
-            inputs_embeds=inputs_embeds,
-            attention_mask=attention_mask,
-            past_key_values=given_cache,
-            position_ids=position_ids,
-            and_mask_function=None if documents is None else packed_sequence_mask_function(documents),
+        mask, documents = self._who_attends(
+            inputs_embeds, attention_mask, position_ids, given_cache, documents
         )
+        if documents is not None and key_positions is None:
+            key_positions = position_ids  # counted in each document, so that ALiBi's scores stay small
         alibi = self.config.position_embedding == "alibi"
         rotary = None if alibi else self.rotary_emb(position_ids)
         slopes = self.alibi() if alibi else None
@@ -174,11 +185,40 @@ class BaichuanModel(BaichuanPreTrainedModel):
                 key_positions=key_positions,
                 position_ids=position_ids,
                 past_key_values=past_key_values,
+                documents=documents,
                 **kwargs,
             )
         return BaseModelOutputWithPast(
             last_hidden_state=self.norm(hidden_states), past_key_values=past_key_values
         )
+
+    def _who_attends(
+        self,
+        inputs_embeds: torch.Tensor,
+        attention_mask: torch.Tensor | None,
+        position_ids: torch.Tensor,
+        cache: Cache | None,
+        documents: Documents | None = None,
+    ) -> tuple[Any, Documents | None]:
+        """The implementation's mask, or the documents that make one superfluous; neither is plain causality."""
+        implementation = str(self.config._attn_implementation)
+        if cache is None and takes_documents(implementation) and not self.layers_are_compiled:
+            batch = inputs_embeds.shape[0]
+            documents = documents or find_documents(position_ids.expand(batch, -1), attention_mask)
+            if documents is not None:
+                # transformers' FlashAttention, not told of any, looks for documents again in every layer.
+                plain = implementation == "sdpa" and len(documents.lengths) == batch
+                return None, None if plain else documents
+        numbers = document_numbers(attention_mask) if cache is None else None
+        mask = create_causal_mask(
+            config=self.config,
+            inputs_embeds=inputs_embeds,
+            attention_mask=attention_mask,
+            past_key_values=cache,
+            position_ids=position_ids,
+            and_mask_function=None if numbers is None else packed_sequence_mask_function(numbers),
+        )
+        return mask, None
 
 
 class BaichuanForCausalLM(BaichuanPreTrainedModel, GenerationMixin):
@@ -198,7 +238,7 @@ class BaichuanForCausalLM(BaichuanPreTrainedModel, GenerationMixin):
     def freeze_head(self) -> None:
         """Freeze the head and normalise it once, so that every later product with it is the plain one."""
         self.lm_head.requires_grad_(False)
-        if isinstance(self.lm_head, UnitRowHead):
+        if isinstance(self.lm_head, UnitRowHead):  # not where it is in 8 bits: normalised before
             self.lm_head.normalize_()
 
     def _get_resized_lm_head(self, old_lm_head: nn.Linear, *args: Any, **kwargs: Any) -> nn.Linear:
@@ -226,13 +266,15 @@ class BaichuanForCausalLM(BaichuanPreTrainedModel, GenerationMixin):
         use_cache: bool | None = None,
         logits_to_keep: int | torch.Tensor = 0,
         skip_logits: bool = False,
+        supervised: torch.Tensor | None = None,
         **kwargs: Any,
     ) -> CausalLMOutputWithPast:
         """Logits (batch, length or logits_to_keep, vocab_size) and, with ``labels`` (batch, length), the loss.
 
         The loss is next-token cross-entropy over labels that are not -100, plus the max-z loss
         (``config.z_loss_weight``). ``num_items_in_batch`` divides by a global token count instead. With
-        ``skip_logits`` and labels the loss is computed in tiles and no logits are returned.
+        ``skip_logits`` and labels the loss is computed in tiles and no logits are returned, and ``supervised`` may
+        say where the labels are (`finetune.data.collate.supervised_positions`).
         """
         num_items_in_batch = kwargs.pop("num_items_in_batch", None)
         outputs: BaseModelOutputWithPast = self.model(
@@ -248,7 +290,14 @@ class BaichuanForCausalLM(BaichuanPreTrainedModel, GenerationMixin):
         weighting = {"z_loss_weight": self.config.z_loss_weight, "num_items_in_batch": num_items_in_batch}
         logits = loss = None
         if labels is not None and skip_logits:
-            loss = tiled_causal_lm_loss(hidden, self.lm_head.weight, labels, **weighting)
+            loss = tiled_causal_lm_loss(
+                hidden,
+                self.lm_head.weight,
+                labels,
+                head_scales=getattr(self.lm_head, "scales", None),
+                supervised=supervised,
+                **weighting,
+            )
         else:
             kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
             logits = self.lm_head(hidden[:, kept])

@@ -25,17 +25,20 @@ class Collator:
     Attributes:
         pad_token_id: fills input_ids; labels are filled with -100.
         pad_to_multiple_of: lengthen rows to a multiple of this, which some kernels run faster on.
+        places: also say where labels and documents are (`supervised`, `documents`), since to ask a device is to
+            wait for it. Not for models that put vectors in front of the rows.
     """
 
     pad_token_id: int
     pad_to_multiple_of: int | None = None
+    places: bool = False
 
-    def __call__(self, rows: Sequence[dict[str, Any]]) -> dict[str, torch.Tensor]:
+    def __call__(self, rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
         """A batch of rows as the data sets of `prepare` yield them."""
         width = max(len(row["input_ids"]) for row in rows)
         if self.pad_to_multiple_of:
             width = -(-width // self.pad_to_multiple_of) * self.pad_to_multiple_of
-        batch = {
+        batch: dict[str, Any] = {
             "input_ids": _stack([row["input_ids"] for row in rows], width, self.pad_token_id),
             "labels": _stack([row["labels"] for row in rows], width, IGNORE_INDEX),
         }
@@ -43,13 +46,40 @@ class Collator:
             batch["position_ids"] = _stack([_positions(row["seq_lengths"], width) for row in rows], width, 0)
         else:
             batch["attention_mask"] = _stack([[1] * len(row["input_ids"]) for row in rows], width, 0)
+        if self.places:
+            from finetune.baichuan.documents import Documents
+
+            batch["supervised"] = supervised_positions(batch["labels"])
+            batch["documents"] = Documents.of([length for row in rows for length in _lengths(row, width)])
         return batch
 
 
-def collator_for(tokenizer: PreTrainedTokenizerBase, *, pad_to_multiple_of: int | None = None) -> Collator:
+def collator_for(tokenizer: PreTrainedTokenizerBase, *, places: bool = False) -> Collator:
     """The collator that fits a tokenizer; EOS pads where it has no pad token."""
     pad = tokenizer.pad_token_id
-    return Collator(tokenizer.eos_token_id if pad is None else pad, pad_to_multiple_of)
+    return Collator(tokenizer.eos_token_id if pad is None else pad, places=places)
+
+
+def supervised_positions(labels: torch.Tensor) -> torch.Tensor:
+    """The positions whose next token is a label.
+
+    Args:
+        labels: (rows, length), -100 where nothing is learned; that of a row's first token is never predicted.
+
+    Returns:
+        int64, row x length + column of each.
+    """
+    import torch
+
+    learned = torch.nn.functional.pad(labels[:, 1:] != IGNORE_INDEX, (0, 1))
+    return learned.flatten().nonzero()[:, 0]
+
+
+def _lengths(row: dict[str, Any], width: int) -> list[int]:
+    """Tokens of each document of a row, and of the padding behind them."""
+    lengths = [int(length) for length in row.get("seq_lengths", [len(row["input_ids"])])]
+    padding = width - sum(lengths)
+    return [*lengths, padding] if padding else lengths
 
 
 def _positions(lengths: Sequence[int], width: int) -> list[int]:

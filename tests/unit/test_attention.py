@@ -111,10 +111,10 @@ def folded_attention(folded: tuple[torch.Tensor, ...], length: int) -> torch.Ten
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
 def test_positions_are_exact(dtype: torch.dtype) -> None:
-    features = alibi_key_features(torch.arange(16_384)[None], dtype)[0]
-    assert features.shape == (16_384, ALIBI_DIMS)
+    features = alibi_key_features(torch.arange(65_536)[None], dtype)[0]
+    assert features.shape == (65_536, ALIBI_DIMS)
     high, low = features[:, 0].double(), features[:, 3].double()
-    assert torch.equal(high + low, torch.arange(16_384, dtype=torch.float64))
+    assert torch.equal(high + low, torch.arange(65_536, dtype=torch.float64))
     assert torch.equal(features[:, 0:3], features[:, 0:1].expand(-1, 3))
     assert torch.equal(features[:, 3:6], features[:, 3:4].expand(-1, 3))
 

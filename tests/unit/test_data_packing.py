@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import time
 from collections import Counter
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 
 from finetune.baichuan import BaichuanConfig, BaichuanForCausalLM
+from finetune.baichuan.documents import find_documents
 from finetune.data.collate import Collator
 from finetune.data.mixing import held_out_digests, shuffled, weighted_indices
 from finetune.data.packing import best_fit_decreasing, pack_documents, packing_statistics
@@ -160,6 +162,26 @@ def test_the_model_finds_exactly_the_documents() -> None:
     found = find_packed_sequence_indices(positions)
     assert found is not None
     assert found.tolist() == [[0, 0, 0, 0, 1, 2, 3, 3], [0, 0, 0, 1, 1, 1, 1, 1]]
+
+
+@pytest.mark.parametrize("packed", [True, False])
+def test_places_are_those_that_the_model_would_find(packed: bool) -> None:
+    """So that a GPU need not be asked where labels and documents are."""
+    rows: list[dict[str, Any]] = [
+        {"input_ids": [5] * 6, "labels": [-100, 7, 7, 7, -100, 7], "seq_lengths": [4, 1, 1]},
+        {"input_ids": [6] * 3, "labels": [9, -100, 9], "seq_lengths": [3]},
+        {"input_ids": [7] * 8, "labels": [8] * 8, "seq_lengths": [8]},
+    ]
+    if not packed:
+        rows = [{key: row[key] for key in ("input_ids", "labels")} for row in rows]
+    batch = Collator(0, pad_to_multiple_of=8, places=True)(rows)
+    positions = batch.get("position_ids", torch.arange(8).expand(3, 8))
+    found = find_documents(positions, batch.get("attention_mask"))
+    assert found is not None
+    assert batch["documents"].lengths == found.lengths
+    assert torch.equal(batch["documents"].bounds, found.bounds)
+    learned = batch["labels"].flatten()[batch["supervised"] + 1]
+    assert learned.tolist() == [7, 7, 7, 7, 9, *[8] * 7]
 
 
 @pytest.mark.parametrize("position_embedding", ["rope", "alibi"])

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from tiny_model import HIDDEN, LAYERS, VOCAB_SIZE, padded, tiny_model
-from transformers import AttentionInterface, AutoModelForCausalLM
-from transformers.masking_utils import AttentionMaskInterface, flash_attention_mask
+from transformers import AutoModelForCausalLM
 
 ENCODINGS = ("rope", "alibi")
 LONG, SHORT = list(range(1200, 1212)), list(range(1300, 1305))
@@ -164,49 +162,11 @@ def test_flex_attention_agrees(encoding: str) -> None:
     model = tiny_model(encoding)
     ids, mask = padded([LONG, SHORT], "left")
     expected = model(ids, attention_mask=mask).logits
+    numbers = torch.tensor([[1] * 5 + [2] * 7] * 2)  # packed documents
+    packed = model(ids, attention_mask=numbers).logits
     model.set_attn_implementation("flex_attention")
     close(model(ids, attention_mask=mask).logits[mask == 1], expected[mask == 1], 1e-4)
-
-
-@torch.no_grad()
-@pytest.mark.parametrize("marks", ["positions", "numbers"])
-def test_packed_rows_of_a_batch_under_flash_attention(model: Any, marks: str) -> None:
-    """transformers separates packed documents for FlashAttention in batches of one row only.
-
-    FlashAttention itself needs a GPU; its variable-length call is played here by a loop over documents.
-    """
-    bounds = []
-
-    def varlen_attention(module: Any, query: Any, key: Any, value: Any, mask: Any, **kwargs: Any) -> Any:
-        assert mask is None
-        cut = kwargs["cu_seq_lens_q"].tolist()
-        bounds.append(cut)
-        assert kwargs["max_length_q"] == max(b - a for a, b in pairwise(cut))
-        flat = [x.transpose(1, 2).flatten(0, 1) for x in (query, key, value)]
-        parts = []
-        for start, end in pairwise(cut):
-            q, k, v = (x[start:end].transpose(0, 1)[None] for x in flat)
-            part = torch.nn.functional.scaled_dot_product_attention(
-                q, k, v, is_causal=True, scale=kwargs["scaling"]
-            )
-            parts.append(part[0].transpose(0, 1))
-        return torch.cat(parts).view(*query.transpose(1, 2).shape), None
-
-    AttentionInterface.register("flash_reference", varlen_attention)
-    AttentionMaskInterface.register("flash_reference", flash_attention_mask)
-    documents = [[LONG[:7], SHORT], [SHORT, LONG[5:]]]
-    ids = torch.tensor([first + second for first, second in documents])
-    if marks == "positions":
-        given = {
-            "position_ids": torch.tensor([[*range(len(a)), *range(len(b))] for a, b in documents]),
-        }
-    else:
-        given = {"attention_mask": torch.tensor([[1] * len(a) + [2] * len(b) for a, b in documents])}
-    expected = [model(torch.tensor([d])).logits[0] for row in documents for d in row]
-    close(model(ids, **given).logits.flatten(0, 1), torch.cat(expected))  # SDPA, by a mask
-    model.config._attn_implementation = "flash_reference"
-    close(model(ids, **given).logits.flatten(0, 1), torch.cat(expected))
-    assert bounds == [[0, 7, 12, 17, 24]] * LAYERS
+    close(model(ids, attention_mask=numbers).logits, packed, 1e-4)
 
 
 def test_ids_and_embeddings_exclude_each_other(model: Any) -> None:
