@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import json
 import os
 import platform
@@ -16,7 +17,8 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 RESULTS = Path(__file__).parent / "results"
-PACKAGES = ("torch", "transformers", "peft", "trl", "accelerate", "bitsandbytes", "safetensors")
+PACKAGES = ("torch", "transformers", "peft", "trl", "accelerate", "bitsandbytes", "safetensors", "triton")
+PACKAGES += ("liger-kernel", "cut-cross-entropy", "flash-attn")
 
 
 def machine() -> dict[str, Any]:
@@ -79,6 +81,11 @@ def write_result(name: str, result: dict[str, Any], folder: Path = RESULTS) -> P
     return path
 
 
+def release_free_memory() -> None:
+    """Give what was freed back to the system, so that it counts when it is taken again (glibc)."""
+    ctypes.CDLL("libc.so.6").malloc_trim(0)
+
+
 def reset_peak_resident() -> None:
     """Forget the highest resident memory so far (Linux)."""
     Path("/proc/self/clear_refs").write_text("5")
@@ -86,10 +93,19 @@ def reset_peak_resident() -> None:
 
 def peak_resident_bytes() -> int:
     """Highest resident memory since the start or the last reset (Linux's VmHWM)."""
+    return _status("VmHWM")
+
+
+def resident_bytes() -> int:
+    """Resident memory now (Linux's VmRSS)."""
+    return _status("VmRSS")
+
+
+def _status(key: str) -> int:
     for line in Path("/proc/self/status").read_text(encoding="utf-8").splitlines():
-        if line.startswith("VmHWM:"):
+        if line.startswith(f"{key}:"):
             return int(line.split()[1]) * 1024
-    raise RuntimeError("no VmHWM in /proc/self/status")
+    raise RuntimeError(f"no {key} in /proc/self/status")
 
 
 def in_fresh_process(script: str, arguments: list[str], *, timeout: float | None = None) -> dict[str, Any]:
@@ -106,4 +122,7 @@ def in_fresh_process(script: str, arguments: list[str], *, timeout: float | None
     lines = done.stdout.strip().splitlines()
     if done.returncode or not lines:
         return {"error": (done.stderr.strip().splitlines() or [f"exit code {done.returncode}"])[-1][:300]}
-    return json.loads(lines[-1])
+    try:
+        return json.loads(lines[-1])
+    except ValueError:
+        return {"error": f"its last line is no JSON: {lines[-1][:200]}"}

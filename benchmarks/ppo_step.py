@@ -1,13 +1,15 @@
 """Time and peak memory of a PPO iteration by phase: one shared base against four separate models.
 
     python benchmarks/ppo_step.py --suite cpu                   benchmarks/results/ppo_step_cpu.json
-    python benchmarks/ppo_step.py --suite gpu                   7B and 13B in nf4, batch 8, 256 + 256 tokens
+    python benchmarks/ppo_step.py --suite gpu                   7B and 13B in nf4, batch 8, 256 + 256 tokens,
+                                                                target: 7B on one base within 24 GiB in all
     python benchmarks/ppo_step.py --shape 7b --quantization nf4 --models separate
 
 Weights are random, since only their shapes matter, and responses have their full length. The phases are those of
 `rlhf.ppo.trainer.PPOTrainer.step`: rollout (sampling), scoring (reward, actor, reference and critic over all
 responses), update (actor and critic, each forward and backward). The first iteration warms up, the next is
-measured. Peaks are of memory allocated on the GPU, or of resident memory on a CPU, weights included.
+measured. Peaks are of memory allocated on the GPU, or of resident memory on a CPU, weights included; `in_all_gib`
+is what the GPU has to have: what torch keeps for reuse, and CUDA's own, included.
 """
 
 from __future__ import annotations
@@ -26,6 +28,7 @@ from _common import in_fresh_process, peak_resident_bytes, reset_peak_resident, 
 from accelerate import Accelerator
 from models import SHAPES, config_of, random_model
 from peft import LoraConfig
+from suites import judge, show_ratios
 from torch import nn
 
 from finetune.adapters.build import ALL_LINEAR
@@ -40,6 +43,7 @@ from rlhf.ppo.trainer import PPOTrainer
 RECIPE = Path(__file__).resolve().parents[1] / "recipes" / "ppo_helpful.yaml"
 REWARD = "reward"
 MODELS = (ACTOR, CRITIC, REWARD, REFERENCE)
+PHASES = ("rollout", "scoring", "update")
 GIB = 2**30
 SMALL = ["--batch", "4", "--prompt", "64", "--response", "32", "--layers", "1", "--vocabulary", "16000"]
 SUITES = {
@@ -51,6 +55,12 @@ SUITES = {
     "gpu": [["--shape", shape, "--quantization", "nf4"] for shape in ("7b", "13b")],
 }
 """Rows, each measured with a shared base and with separate models. The CPU has no room for whole 7B and 13B."""
+
+Table = dict[tuple[str, str], dict[str, Any]]
+TARGETS: dict[str, list[tuple[str, str, float, Any]]] = {
+    "cpu": [],
+    "gpu": [("7B nf4 on one base, GiB in all", "<=", 24.0, lambda t: t["7b", "shared"]["in_all_gib"])],
+}
 
 
 def make_base(arguments: argparse.Namespace, device: torch.device) -> Any:
@@ -188,6 +198,14 @@ class Phase:
         self.seconds = time.perf_counter() - self.start
         cuda = self.device.type == "cuda"
         self.peak = torch.cuda.max_memory_allocated() if cuda else peak_resident_bytes()
+        self.in_all = _gpu_in_use() if cuda else self.peak
+
+
+def _gpu_in_use() -> int:
+    """Most that this process has had of the GPU, in bytes, if it is alone there."""
+    free, total = torch.cuda.mem_get_info()
+    beside_torch = total - free - torch.cuda.memory_reserved()
+    return torch.cuda.max_memory_reserved() + beside_torch
 
 
 def measure(arguments: argparse.Namespace) -> dict[str, Any]:
@@ -204,7 +222,7 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
             experience = trainer.judge(prompts, rollout)
         with Phase(device) as update_phase:
             trainer.learn(experience)
-    phases = {"rollout": rollout_phase, "scoring": scoring_phase, "update": update_phase}
+    phases = dict(zip(PHASES, (rollout_phase, scoring_phase, update_phase)))
     return {
         **{key: value for key, value in vars(arguments).items() if key != "suite"},
         "response_tokens": int(rollout.mask.sum()),
@@ -212,6 +230,7 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
         "seconds": round(sum(phase.seconds for phase in phases.values()), 3),
         **{f"{name}_peak_gib": round(phase.peak / GIB, 3) for name, phase in phases.items()},
         "peak_gib": round(max(phase.peak for phase in phases.values()) / GIB, 3),
+        "in_all_gib": round(max(phase.in_all for phase in phases.values()) / GIB, 3),
     }
 
 
@@ -240,13 +259,37 @@ def main() -> None:
     if not arguments.suite:
         print(json.dumps(measure(arguments)))
         return
-    rows = []
+    table: Table = {}
     for row in SUITES[arguments.suite]:
         for models in ("shared", "separate"):
             found = in_fresh_process(__file__, [*row, "--models", models], timeout=900)
-            rows.append(found if "error" not in found else {"row": row, "models": models, **found})
-            print(json.dumps(rows[-1]), flush=True)
-    print(write_result(f"ppo_step_{arguments.suite}", {"rows": rows}))
+            shape = row[row.index("--shape") + 1]
+            table[shape, models] = {"shape": shape, "models": models, **found}
+            print(json.dumps(table[shape, models]), flush=True)
+    ratios = [judge(table, *target) for target in TARGETS[arguments.suite]]
+    print(f"\n{show(table)}" + (f"\n\n{show_ratios(ratios)}" if ratios else ""))
+    saved = write_result(
+        f"ppo_step_{arguments.suite}",
+        {"rows": list(table.values()), **({"ratios": ratios} if ratios else {})},
+    )
+    print(f"\nsaved {saved.name}")
+
+
+def show(table: Table) -> str:
+    """The rows as Markdown: seconds and peak GiB by phase."""
+    lines = [
+        "| shape, models | rollout | scoring | update | iteration |",
+        "|---|---:|---:|---:|---:|",
+    ]
+    for (shape, models), row in table.items():
+        if "error" in row:
+            lines.append(f"| {shape}, {models} | {row['error']} | | | |")
+            continue
+        cells = [f"{row[f'{phase}_seconds']:.1f} s, {row[f'{phase}_peak_gib']:.2f} GiB" for phase in PHASES]
+        lines.append(
+            f"| {shape}, {models} | {' | '.join(cells)} | {row['seconds']:.1f} s, {row['peak_gib']:.2f} GiB |"
+        )
+    return "\n".join(lines)
 
 
 if __name__ == "__main__":

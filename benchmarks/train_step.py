@@ -62,7 +62,18 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--steps", type=int, default=6, help="measured steps, after two to warm up")
     parser.add_argument("--attention", default="auto")
     parser.add_argument("--optimizer", default="adamw", help="ours: as in a recipe")
-    parser.add_argument("--checkpointing", action="store_true", help="recompute activations")
+    parser.add_argument(
+        "--checkpointing",
+        nargs="?",
+        const="true",
+        default="false",
+        choices=["true", "false", "attention", "matmul"],
+        help="recompute activations; ours: as in a recipe",
+    )
+    parser.add_argument("--offload", action="store_true", help="ours: train.activation_offloading")
+    parser.add_argument("--compile", action="store_true", help="ours: train.compile")
+    parser.add_argument("--kernels", default="auto", help="ours: as in a recipe")
+    parser.add_argument("--embeddings", default="full", help="ours: as in a recipe")
     parser.add_argument("--liger", action="store_true", help="llama: Liger's layer kernels")
     arguments = parser.parse_args()
     arguments.positions = arguments.positions or ("alibi" if arguments.shape == "13b" else "rope")
@@ -75,6 +86,7 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
     from models import config_of, make_naive, random_llama, random_model
 
     from finetune.quiet import quiet_libraries
+    from finetune.train.speed import step_flops
 
     quiet_libraries()
     cuda = torch.cuda.is_available()
@@ -90,9 +102,15 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
     elif stock:
         model.set_attn_implementation("sdpa" if arguments.attention == "auto" else arguments.attention)
     else:
-        from finetune.baichuan.load import choose_attention
+        from finetune.baichuan.attention_choice import choose_attention
+        from finetune.baichuan.int8_rows import quantise_embeddings
 
-        model.set_attn_implementation(choose_attention(arguments.attention, device))
+        chosen = choose_attention(
+            arguments.attention, device, dtype, arguments.positions, compiled=arguments.compile
+        )
+        model.set_attn_implementation(chosen.implementation)
+        if arguments.embeddings == "int8":
+            quantise_embeddings(model)
 
     start_memory(device)
     with tempfile.TemporaryDirectory() as folder:
@@ -103,7 +121,15 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
         trainer.train()
     seconds = statistics.median(timer.seconds[WARM_UP_STEPS:])
     tokens = arguments.seq * arguments.batch
-    flops = model_flops(arguments, config) / seconds
+    needed = step_flops(
+        recipe_of(arguments, Path()),
+        config.to_dict(),
+        tokens=tokens,
+        document=arguments.seq / arguments.documents,
+        supervised=arguments.supervised,
+        recomputed=False,
+    )
+    flops = needed / seconds
     row = {
         **{key: value for key, value in vars(arguments).items() if key != "suite"},
         "device": torch.cuda.get_device_name() if cuda else "cpu",
@@ -120,23 +146,6 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
         row["predicted_peak_bytes"] = prediction
         row["predicted_over_measured"] = round(prediction / row["peak_bytes"], 3)
     return row
-
-
-def model_flops(arguments: argparse.Namespace, config: Any) -> float:
-    """Floating-point operations that a step needs, whoever computes it.
-
-    A frozen weight costs 4 a token (forward, gradient of its input), an adapter's 6, the head 4 a supervised
-    token; causal attention 6 x layers x hidden a token and key seen, which are half of the document's.
-    Recomputation is not counted.
-    """
-    hidden, wide, layers = config.hidden_size, config.intermediate_size, config.num_hidden_layers
-    tokens = arguments.seq * arguments.batch
-    document = arguments.seq / arguments.documents
-    body = layers * (4 * hidden**2 + 3 * hidden * wide)
-    adapter = layers * arguments.rank * (4 * hidden + 2 * hidden + 3 * (hidden + wide))
-    head = config.vocab_size * hidden * arguments.supervised
-    attention = 12 * layers * hidden * document / 2
-    return tokens * (4 * body + 6 * adapter + 4 * head + attention)
 
 
 def measured_matmul_flops(device: Any, dtype: Any) -> float:
@@ -230,6 +239,41 @@ def rows(arguments: argparse.Namespace) -> list[dict[str, list[int]]]:
     return made * (arguments.steps + WARM_UP_STEPS)
 
 
+def recipe_of(arguments: argparse.Namespace, folder: Path) -> Any:
+    """The row as a recipe of the toolkit."""
+    from finetune.recipe.schema import Recipe
+
+    return Recipe.model_validate(
+        {
+            "name": "benchmark",
+            "stage": "sft",
+            "model": {
+                "base": "random",
+                "quantization": "nf4" if arguments.method == "qlora" else "none",
+                "attention": arguments.attention,
+                "embeddings": arguments.embeddings,
+            },
+            "adapter": {"rank": arguments.rank, "alpha": 16, "dropout": 0.0},
+            "data": {"train": "random", "max_length": arguments.seq, "packing": arguments.documents > 1},
+            "train": {
+                "max_steps": arguments.steps + WARM_UP_STEPS,
+                "batch_size": arguments.batch,
+                "gradient_accumulation": 1,
+                "gradient_checkpointing": {"true": True, "false": False}.get(
+                    arguments.checkpointing, arguments.checkpointing
+                ),
+                "activation_offloading": arguments.offload,
+                "compile": arguments.compile,
+                "kernels": arguments.kernels,
+                "optimizer": arguments.optimizer,
+                "log_every": 100,
+                "save_every": 10_000,
+            },
+            "output_dir": str(folder / "run"),
+        }
+    )
+
+
 def build_ours(
     arguments: argparse.Namespace, model: Any, config: Any, folder: Path
 ) -> tuple[Any, int | None]:
@@ -239,37 +283,16 @@ def build_ours(
     from finetune.adapters.build import attach_adapter
     from finetune.baichuan.load import Base
     from finetune.data.collate import Collator
-    from finetune.recipe.schema import Recipe
-    from finetune.train.memory import count_parameters, predict_memory
+    from finetune.train.base import prepare_base
+    from finetune.train.memory import CONTEXT_BYTES, count_parameters, predict_memory
     from finetune.train.run_folder import RunFolder
     from finetune.train.trainer import AdapterTrainer, training_arguments
 
-    recipe = Recipe.model_validate(
-        {
-            "name": "benchmark",
-            "stage": "sft",
-            "model": {
-                "base": "random",
-                "quantization": "nf4" if arguments.method == "qlora" else "none",
-                "attention": arguments.attention,
-            },
-            "adapter": {"rank": arguments.rank, "alpha": 16, "dropout": 0.0},
-            "data": {"train": "random", "max_length": arguments.seq, "packing": arguments.documents > 1},
-            "train": {
-                "max_steps": arguments.steps + WARM_UP_STEPS,
-                "batch_size": arguments.batch,
-                "gradient_accumulation": 1,
-                "gradient_checkpointing": arguments.checkpointing,
-                "optimizer": arguments.optimizer,
-                "log_every": 100,
-                "save_every": 10_000,
-            },
-            "output_dir": str(folder / "run"),
-        }
-    )
+    recipe = recipe_of(arguments, folder)
     run = RunFolder(recipe.output_dir)
     run.claim(recipe, resume=False, overwrite=False)
     settings = training_arguments(recipe, run, evaluates=False)
+    prepare_base(recipe, model)
     settings.save_strategy = "no"
     data = Dataset.from_list(rows(arguments))
     if arguments.documents == 1:
@@ -281,7 +304,7 @@ def build_ours(
         keep_checkpoints=1,
         train_dataset=data,
         eval_dataset=None,
-        data_collator=Collator(pad_token_id=0),
+        data_collator=Collator(pad_token_id=0, places=True),
         processing_class=tokenizer(),
     )
     shape = config.to_dict()
@@ -289,7 +312,10 @@ def build_ours(
     prediction = predict_memory(
         recipe, shape, trainable, device_type=model.device.type, longest=arguments.seq
     )
-    return trainer, prediction.total
+    total = prediction.total
+    if model.device.type == "cuda":  # torch counts its own tensors only
+        total -= CONTEXT_BYTES["cuda"]
+    return trainer, total
 
 
 def build_trl(arguments: argparse.Namespace, model: Any, config: Any, folder: Path) -> tuple[Any, int | None]:
@@ -361,7 +387,7 @@ def common(arguments: argparse.Namespace, folder: Path) -> dict[str, Any]:
         "max_grad_norm": 1.0,
         "bf16": cuda,
         "use_cpu": not cuda,
-        "gradient_checkpointing": arguments.checkpointing,
+        "gradient_checkpointing": arguments.checkpointing != "false",
         "logging_steps": 100,
         "logging_first_step": True,
         "save_strategy": "no",

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rich.box import SIMPLE_HEAD
@@ -11,6 +13,7 @@ from rich.table import Column, Table
 from finetune.errors import UserError
 from finetune.stage_table import STAGES
 from finetune.train.planning import HEADROOM
+from finetune.words import plural
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -28,6 +31,42 @@ STATISTICS = {
     "max": "max",
     "total": "total",
 }
+
+
+def check_all(recipes: Sequence[Step], *, device: str | None = None) -> None:
+    """`check` each step; one that trains on what an earlier step has not made yet is named and passed over.
+
+    Raises:
+        UserError: what would stop a run.
+    """
+    from finetune.recipe.schema import Recipe
+
+    made: list[Path] = []
+    for step in recipes:
+        awaited = next(_awaited(step, made), None)
+        if awaited is not None and isinstance(step, Recipe):
+            print(
+                f"{step.name}: stage {step.stage}: {awaited} is not there yet, so only the recipe was checked"
+            )
+        else:
+            check(step, device=device)
+        made.append(Path(step.output_dir).absolute())
+
+
+def _awaited(step: Step, made: Sequence[Path]) -> Iterator[str]:
+    """Paths in a step's settings that earlier steps, given their folders, have still to make."""
+
+    def texts(value: Any) -> Iterator[str]:
+        if isinstance(value, str):
+            yield value
+        elif isinstance(value, (list, dict)):
+            for each in value.values() if isinstance(value, dict) else value:
+                yield from texts(each)
+
+    for text in texts(step.settings()):
+        path = Path(step.resolve(text)).absolute()
+        if any(path.is_relative_to(folder) for folder in made) and not path.exists():
+            yield text
 
 
 def check(recipe: Step, *, device: str | None = None) -> None:
@@ -66,7 +105,7 @@ def check_training(
     from finetune.data.prepare import read
     from finetune.quiet import quiet_libraries
     from finetune.train.devices import parse_device, present_device
-    from finetune.train.preflight import check_machine, describe_data
+    from finetune.train.preflight import announce_attention, check_machine, describe_data
     from finetune.train.run_folder import RunFolder
     from finetune.train.runner import Session
 
@@ -94,9 +133,9 @@ def check_training(
         if planned is None or config is None:
             raise
         if recipe.stage in ("sft", "pretrain"):
-            loaded = read(recipe.data, stage=recipe.stage, resolve=recipe.resolve)
-            rows = sum(file.kept for files in loaded["train"] for file in files)
-            read_rows = f"{rows:,} training rows not tokenised"
+            loaded, _ = read(recipe.data, stage=recipe.stage, seed=recipe.seed, resolve=recipe.resolve)
+            rows = sum(len(file.records) for files in loaded["train"] for file in files)
+            read_rows = f"{plural(rows, 'training row')} not tokenised"
         else:
             read_rows = "its data not read"
         console.print(
@@ -110,6 +149,8 @@ def check_training(
     data = kind.prepare(recipe, tokenizer)
     describe_data(data, console)
     _print_statistics(console, data.report)
+    if planned is None:
+        announce_attention(recipe, base, console)
     chosen = planned or present_device(measure=True)
     print_plan(console, recipe, base.config, chosen, data)
     if holds_run:
@@ -135,7 +176,7 @@ def print_plan(
     Raises:
         UserError: if the frozen weights alone are larger than a card.
     """
-    from finetune.recipe.schema import AUTO
+    from finetune.recipe.train_section import AUTO
     from finetune.train.memory import GIB, count_parameters
     from finetune.train.planning import Plan, with_batch_size
     from finetune.train.preflight import advice
@@ -161,11 +202,13 @@ def print_plan(
         table.add_row(name, f"{part / GIB:.2f}")
     table.add_row("total", f"{prediction.total / GIB:.2f}", style="bold")
     console.print(table)
+    if prediction.host:
+        console.print(f"and {prediction.host / GIB:.2f} GiB of host memory, pinned", highlight=False)
     if prediction.parts["weights"] > device.memory:
         raise UserError(
             f"not enough memory: the weights of {recipe.model.base} take "
             f"{prediction.parts['weights'] / GIB:.1f} GiB, {device.name} has {size:.1f} GiB",
-            hint=advice(recipe, config, trainable, device.memory, longest),
+            hint=advice(recipe, config, trainable, device.memory, longest=longest, sequences=sequences),
         )
     if plan.fits(prediction):
         spare = size - prediction.total / GIB
@@ -173,7 +216,8 @@ def print_plan(
             f"fits {device.name}: {spare:.1f} of {size:.1f} GiB to spare", style="green", highlight=False
         )
     else:
-        hint = advice(recipe, config, trainable, int(HEADROOM * device.memory), longest)
+        budget = int(HEADROOM * device.memory)
+        hint = advice(recipe, config, trainable, budget, longest=longest, sequences=sequences)
         console.print(
             f"does not fit {device.name} ({size:.1f} GiB less {1 - HEADROOM:.0%} headroom): {hint}",
             style="yellow",
@@ -225,7 +269,8 @@ def _print_steps(
         tokens = found.total / rows * min(batch, rows)  # those of a preference's responses are all in total
         document, supervised = found.total / max(1, found.count), found.supervised_share
         console.print(
-            f"{rows:,} rows, {batch} to a step: {per_epoch:,} steps an epoch, {steps:,} in all (one process)",
+            f"{plural(rows, 'row')}, {batch} to a step: {plural(per_epoch, 'step')} an epoch, {steps:,} in all "
+            "(one process)",
             highlight=False,
         )
     flops = step_flops(recipe, config, tokens=tokens, document=document, supervised=supervised)

@@ -1,6 +1,6 @@
 """Predict the GPU memory of recipes without a GPU and without weights.
 
-    python examples/python/predict_memory.py                                   # every recipe in recipes/
+    python examples/python/predict_memory.py                       # every recipe in recipes/ that fine-tunes
     python examples/python/predict_memory.py recipes/qlora_medical.yaml data.max_length=4096
 
 The shapes of 7B and 13B are known, so a machine that is only for planning will do. For one recipe,
@@ -42,7 +42,7 @@ def row(recipe: Recipe, config: dict[str, Any]) -> list[str]:
 
 
 def main() -> None:
-    """Print a line for each recipe that is named, or for all."""
+    """Print a line for each recipe that is named, or for all that fine-tune."""
     quiet_libraries()
     files = [argument for argument in sys.argv[1:] if "=" not in argument]
     overrides = [argument for argument in sys.argv[1:] if "=" in argument]
@@ -51,6 +51,8 @@ def main() -> None:
     )
     for file in files or sorted(map(str, RECIPES.glob("*.yaml"))):
         for recipe in load_pipeline(file, overrides):
+            if not isinstance(recipe, Recipe) or recipe.stage not in ("sft", "pretrain"):
+                continue  # `check` knows what RLHF needs
             if (config := known_config(recipe.model.base)) is not None:
                 table.add_row(*row(recipe, config))
     Console(width=None if sys.stdout.isatty() else 120).print(table)

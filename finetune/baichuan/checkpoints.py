@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from finetune.errors import UserError
+from finetune.words import are, plural
 
 if TYPE_CHECKING:
     import torch
@@ -41,8 +42,8 @@ def find_weight_files(folder: Path) -> list[Path]:
             missing = [shard for shard in shards if not (folder / shard).is_file()]
             if missing:
                 raise UserError(
-                    f"{folder}: {len(missing)} of {len(shards)} weight files named by {name} are missing: "
-                    + ", ".join(missing[:4]),
+                    f"{folder}: {len(missing)} of {plural(len(shards), 'weight file')} that {name} names "
+                    f"{are(len(missing))} missing: " + ", ".join(missing[:4]),
                     hint="the download is incomplete: fetch the missing files",
                 )
             return [folder / shard for shard in shards]
@@ -67,6 +68,12 @@ def check_folder(folder: Path) -> None:
             hint = "this is an adapter: give its base as the model and this folder as --adapter"
         raise UserError(f"{folder}: no config.json, so not a model folder", hint=hint)
     config = read_json(folder / "config.json")
+    if config.get("model_type") == "llama":
+        raise UserError(
+            f"{folder}: a model in Llama's layout, as `--format llama` writes it; expected Baichuan's",
+            hint="load it with transformers, vLLM or whatever else reads Llama models; for this toolkit, merge "
+            "with --format baichuan",
+        )
     if config.get("model_type") != "baichuan":
         raise UserError(
             f"{folder / 'config.json'}: model_type is {config.get('model_type')!r}, expected 'baichuan'",

@@ -13,10 +13,12 @@ from finetune.baichuan.catalog import CATALOG
 from finetune.baichuan.checkpoints import check_folder, read_json, unsafe_pickle
 from finetune.baichuan.nano import NANO_MODELS, ensure_nano
 from finetune.errors import UserError
+from finetune.words import plural
 
 if TYPE_CHECKING:
     import torch
 
+    from finetune.baichuan.attention_choice import Attention
     from finetune.baichuan.modeling import BaichuanForCausalLM
     from finetune.baichuan.tokenization import BaichuanTokenizer
     from finetune.recipe.schema import Model
@@ -223,13 +225,16 @@ def compute_dtype(name: str, device: torch.device) -> torch.dtype:
     return torch.float32 if device.type == "cpu" else getattr(torch, name)
 
 
-def load_model(settings: Model, base: Base, *, device: torch.device | None = None) -> BaichuanForCausalLM:
+def load_model(
+    settings: Model, base: Base, *, device: torch.device | None = None, compiled: bool = False
+) -> BaichuanForCausalLM:
     """The base, frozen, its head normalised once, on this process's device.
 
     Args:
         settings: the recipe's model section.
         base: from `resolve_base`.
         device: where to put it; None is this process's GPU or the CPU.
+        compiled: whether its layers will be compiled.
 
     Raises:
         UserError: if the weights are damaged, incomplete, or want to run code.
@@ -242,11 +247,16 @@ def load_model(settings: Model, base: Base, *, device: torch.device | None = Non
     from finetune.baichuan.register import register
 
     register()
+    if settings.embeddings == "int8" and base_is_sharded():
+        raise UserError(
+            "model.embeddings: int8 does not work where FSDP or ZeRO-3 cuts the base up",
+            hint="set model.embeddings to full, or use recipes/accelerate/ddp.yaml",
+        )
     device = device or pick_device()
     dtype = compute_dtype(settings.dtype, device)
     arguments: dict[str, Any] = {
         "dtype": dtype,
-        "attn_implementation": choose_attention(settings.attention, device),
+        "attn_implementation": attention_of(settings, base, device, compiled=compiled).implementation,
         "trust_remote_code": False,
         "output_loading_info": True,
         "ignore_mismatched_sizes": True,  # refused below, by name
@@ -273,11 +283,15 @@ def load_model(settings: Model, base: Base, *, device: torch.device | None = Non
     if missing or mismatched:
         names = ", ".join((missing + mismatched)[:4])
         raise UserError(
-            f"{base.folder}: {len(missing + mismatched)} weights are missing or have another shape: {names}",
+            f"{base.folder}: {plural(len(missing + mismatched), 'weight')} missing or of another shape: {names}",
             hint="the folder does not hold a complete Baichuan model: download or make it again",
         )
     model.requires_grad_(False)
     model.freeze_head()
+    if settings.embeddings == "int8":
+        from finetune.baichuan.int8_rows import quantise_embeddings
+
+        quantise_embeddings(model)
     return model
 
 
@@ -296,26 +310,26 @@ def quantization_config(kind: str, dtype: torch.dtype) -> Any:
     return BitsAndBytesConfig(load_in_8bit=True, llm_int8_skip_modules=list(SKIPPED_MODULES))
 
 
-def choose_attention(wanted: str, device: torch.device) -> str:
-    """The attention implementation to use; ``auto`` is SDPA, which every device has.
+def attention_of(
+    settings: Model, base: Base, device: torch.device | None = None, *, compiled: bool = False
+) -> Attention:
+    """The attention implementation that a base is loaded with, and why.
+
+    Args:
+        settings: the recipe's model section.
+        base: from `resolve_base`.
+        device: where the model computes; None is this process's GPU or the CPU.
+        compiled: whether its layers will be compiled.
 
     Raises:
-        UserError: if the one asked for is not installed or not for this device.
+        UserError: if the one asked for is not installed, or not for this device or precision.
     """
-    if wanted == "auto":
-        return "sdpa"
-    from transformers.utils import is_flash_attn_2_available, is_flash_attn_3_available
+    from finetune.baichuan.attention_choice import choose_attention
 
-    available = {
-        "flash_attention_2": is_flash_attn_2_available,
-        "flash_attention_3": is_flash_attn_3_available,
-    }
-    if wanted in available and (device.type != "cuda" or not available[wanted]()):
-        raise UserError(
-            f"model.attention: {wanted} is not available here ({device.type})",
-            hint="install flash-attn on a machine with a GPU, or use model.attention=auto",
-        )
-    return wanted
+    device = device or pick_device()
+    dtype = compute_dtype(settings.dtype, device)
+    encoding = base.config["position_embedding"]
+    return choose_attention(settings.attention, device, dtype, encoding, compiled=compiled)
 
 
 def base_is_sharded() -> bool:

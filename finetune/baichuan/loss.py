@@ -8,6 +8,7 @@ import torch
 from torch.nn.functional import cross_entropy
 
 from finetune.baichuan.chat import IGNORE_INDEX
+from finetune.baichuan.int8_rows import gradient_through, product_into
 
 TILE_ELEMENTS = {"cuda": 2**26, "cpu": 2**24}
 """Logits that exist at once in the tiled loss, by device: 256 MiB and 64 MiB in float32.
@@ -62,8 +63,10 @@ def tiled_causal_lm_loss(
     head_weight: torch.Tensor,
     labels: torch.Tensor,
     *,
+    head_scales: torch.Tensor | None = None,
     z_loss_weight: float = 0.0,
     num_items_in_batch: torch.Tensor | int | None = None,
+    supervised: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """`causal_lm_loss` of ``hidden_states @ head_weight.T`` that never holds more than a tile of logits.
 
@@ -75,21 +78,26 @@ def tiled_causal_lm_loss(
         hidden_states: (batch, length, hidden_size).
         head_weight: (vocab_size, hidden_size), normalised already if the head is.
         labels: (batch, length), -100 where nothing is learned.
+        head_scales: (vocab_size,), if the head is int8 (`finetune.baichuan.int8_rows`).
         z_loss_weight: weight of the max-z term.
         num_items_in_batch: supervised tokens of the whole optimisation step, all processes.
+        supervised: where the labels are, from `finetune.data.collate.supervised_positions`; None asks the device,
+            and waits for it.
 
     Returns:
         A float32 scalar.
     """
-    targets = labels[:, 1:].to(hidden_states.device)
-    scale, z_scale = _scales(targets, z_loss_weight, num_items_in_batch)
-    hidden = hidden_states[:, :-1]
+    labels = labels.to(hidden_states.device)
+    scale, z_scale = _scales(labels[:, 1:], z_loss_weight, num_items_in_batch)
     if z_loss_weight:
-        hidden, targets = hidden.reshape(-1, hidden.shape[-1]), targets.reshape(-1)
+        hidden, targets = hidden_states[:, :-1].flatten(0, 1), labels[:, 1:].flatten()
+    elif supervised is not None:
+        hidden = hidden_states.flatten(0, 1).index_select(0, supervised)
+        targets = labels.flatten().index_select(0, supervised + 1)
     else:
-        supervised = targets != IGNORE_INDEX
-        hidden, targets = hidden[supervised], targets[supervised]
-    return _TiledLoss.apply(hidden, head_weight, targets, scale, z_scale, bool(z_loss_weight))
+        learned = labels[:, 1:] != IGNORE_INDEX
+        hidden, targets = hidden_states[:, :-1][learned], labels[:, 1:][learned]
+    return _TiledLoss.apply(hidden, head_weight, head_scales, targets, scale, z_scale, bool(z_loss_weight))
 
 
 def _scales(
@@ -97,8 +105,11 @@ def _scales(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """What the sums of cross-entropy and of max² are multiplied with, float32 scalars."""
     supervised = (targets != IGNORE_INDEX).sum().clamp(min=1)
-    whole = supervised if num_items is None else torch.as_tensor(num_items, device=targets.device)
-    scale = 1.0 / whole.float()
+    if num_items is None:
+        num_items = supervised
+    elif isinstance(num_items, torch.Tensor):
+        num_items = num_items.to(targets.device)
+    scale = torch.ones((), device=targets.device) / num_items
     return scale, z_loss_weight / max(1, targets.numel()) * supervised * scale
 
 
@@ -110,6 +121,7 @@ class _TiledLoss(torch.autograd.Function):
         ctx: Any,
         hidden: torch.Tensor,
         weight: torch.Tensor,
+        weight_scales: torch.Tensor | None,
         targets: torch.Tensor,
         scale: torch.Tensor,
         z_scale: torch.Tensor,
@@ -122,14 +134,17 @@ class _TiledLoss(torch.autograd.Function):
         hidden_grad = torch.zeros_like(hidden) if needs_hidden else None
         weight_grad = torch.zeros_like(weight, dtype=torch.float32) if needs_weight else None
         tile = tile_rows(weight.shape[0], hidden.device.type)
+        dtype = weight.dtype if weight_scales is None else hidden.dtype
         # Two buffers for all tiles: fresh memory costs a CPU as much as the arithmetic on it.
         shape = (min(tile, hidden.shape[0]), weight.shape[0])
         buffers = [torch.empty(shape, dtype=torch.float32, device=hidden.device) for _ in range(2)]
         for start in range(0, hidden.shape[0], tile):
-            rows = hidden[start : start + tile].to(weight.dtype)
+            rows = hidden[start : start + tile].to(dtype)
             target = targets[start : start + tile]
             logits, probabilities = (buffer[: len(rows)] for buffer in buffers)
-            if weight.dtype == torch.float32:
+            if weight_scales is not None:
+                product_into(logits, rows, weight, weight_scales)
+            elif dtype == torch.float32:
                 torch.mm(rows, weight.T, out=logits)
             else:
                 logits.copy_(rows @ weight.T)
@@ -151,11 +166,14 @@ class _TiledLoss(torch.autograd.Function):
             grad.scatter_add_(1, index, -counted)
             if with_z:
                 grad.scatter_add_(1, where[:, None], (2 * z_ratio * top)[:, None])
-            grad = grad.to(weight.dtype)
-            if hidden_grad is not None:
-                hidden_grad[start : start + tile] = (grad @ weight).to(hidden.dtype)
             if weight_grad is not None:
-                weight_grad += (grad.T @ rows).float()
+                weight_grad += (grad.to(dtype).T @ rows).float()
+            if hidden_grad is not None:
+                if weight_scales is not None:
+                    through = gradient_through(grad, weight, weight_scales, dtype)
+                else:
+                    through = grad.to(dtype) @ weight
+                hidden_grad[start : start + tile] = through.to(hidden.dtype)
         ctx.save_for_backward(hidden_grad, weight_grad, scale)
         ctx.weight_dtype = weight.dtype
         return loss
@@ -168,4 +186,4 @@ class _TiledLoss(torch.autograd.Function):
             hidden_grad = (hidden_grad.float() * factor).to(hidden_grad.dtype)
         if weight_grad is not None:
             weight_grad = (weight_grad * factor).to(ctx.weight_dtype)
-        return hidden_grad, weight_grad, None, None, None, None
+        return hidden_grad, weight_grad, None, None, None, None, None

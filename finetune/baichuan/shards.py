@@ -17,11 +17,10 @@ from typing import TYPE_CHECKING, Any, BinaryIO
 
 from finetune.baichuan.checkpoints import find_weight_files, read_bin
 from finetune.errors import UserError
+from finetune.sizes import bytes_of
 
 if TYPE_CHECKING:
     import torch
-
-UNITS = {"KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
 
 LENGTH_BYTES = 8
 HEADER_ROOM = 64 << 10
@@ -49,13 +48,8 @@ def parse_size(text: str) -> int:
     Raises:
         UserError: if it is no positive size.
     """
-    compact = text.strip().upper().replace(" ", "")
-    unit = next((u for u in sorted(UNITS, key=len, reverse=True) if compact.endswith(u)), "")
-    try:
-        size = int(float(compact.removesuffix(unit)) * UNITS.get(unit, 1))
-    except (ValueError, OverflowError):
-        size = 0
-    if size <= 0:
+    size = bytes_of(text)
+    if size is None:
         raise UserError(f"max shard size: found {text!r}, expected a size such as 5GB or 500MB")
     return size
 

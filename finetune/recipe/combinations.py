@@ -30,7 +30,13 @@ def find(recipe: Recipe) -> list[Problem]:
     Args:
         recipe: every setting already of the right type and in its range.
     """
-    return [*_foreign_keys(recipe), *_lora(recipe), *_prompt_methods(recipe), *_training(recipe)]
+    return [
+        *_foreign_keys(recipe),
+        *_lora(recipe),
+        *_prompt_methods(recipe),
+        *_training(recipe),
+        *_sampling(recipe),
+    ]
 
 
 def _foreign_keys(recipe: Recipe) -> Iterator[Problem]:
@@ -144,6 +150,36 @@ def _training(recipe: Recipe) -> Iterator[Problem]:
             "train.warmup_ratio",
             "train.schedule constant has no warm-up: set train.schedule to constant_with_warmup",
         )
+    if recipe.model.embeddings == "int8" and recipe.model.quantization == "none":
+        yield (
+            "model.embeddings",
+            "int8 goes with a quantised base, of which embeddings and head are a large part: set "
+            "model.quantization to nf4 or int8, or model.embeddings to full",
+        )
+    if train.compile and train.activation_offloading:
+        yield (
+            "train.compile",
+            "compiled layers do not let go of what they save, as train.activation_offloading wants: "
+            "set one of the two to false",
+        )
+    if train.compile and recipe.model.attention.startswith("flash_attention"):
+        yield (
+            "model.attention",
+            f"{recipe.model.attention} takes no mask, by which compiled layers (train.compile) keep packed "
+            "documents apart: set model.attention to auto, or train.compile to false",
+        )
+    if train.compile and train.kernels == "liger":
+        yield (
+            "train.kernels",
+            "train.compile fuses the same operations itself: set train.kernels to auto, or train.compile to false",
+        )
+    if train.activation_offloading and train.gradient_checkpointing is not True:
+        found = str(train.gradient_checkpointing).lower()
+        yield (
+            "train.activation_offloading",
+            f"moves the layers' inputs, which are all that train.gradient_checkpointing true keeps; it is {found}: "
+            "set it to true, or remove this key",
+        )
     if recipe.model.attention.startswith("flash_attention") and recipe.model.dtype == "float32":
         yield (
             "model.attention",
@@ -152,3 +188,24 @@ def _training(recipe: Recipe) -> Iterator[Problem]:
         )
     if recipe.stage == "pretrain" and data.system is not None:
         yield "data.system", "stage pretrain learns raw text, which has no system message: remove this key"
+
+
+def _sampling(recipe: Recipe) -> Iterator[Problem]:
+    sampling = recipe.data.sampling
+    if sampling is None:
+        return
+    if recipe.stage == "pretrain":
+        yield (
+            "data.sampling",
+            "balances what prompts ask, and stage pretrain learns raw text: remove this section",
+        )
+    if any(source.weight != 1 for source in recipe.data.train_sources()):
+        yield (
+            "data.sampling",
+            "weights in data.train would undo the balance over categories: remove the weights or this section",
+        )
+    if sampling.method == "quota" and sampling.temperature is not None:
+        yield (
+            "data.sampling.temperature",
+            "has no effect with method quota: set data.sampling.method to temperature, or remove this key",
+        )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 from functools import cache
-from typing import Any
+from typing import Any, get_args
 
 from pydantic import BaseModel
 from pydantic_core import ErrorDetails
@@ -81,8 +81,17 @@ def known_keys(recipe: type[Step] = Recipe) -> dict[str, bool]:
         is_section = isinstance(section, type) and issubclass(section, BaseModel)
         keys[name] = is_section
         if isinstance(section, type) and issubclass(section, BaseModel):
-            keys |= {f"{name}.{leaf}": False for leaf in section.model_fields}
+            for leaf, setting in section.model_fields.items():
+                keys[f"{name}.{leaf}"] = False
+                inner = _optional_section(setting.annotation)
+                keys |= {f"{name}.{leaf}.{key}": False for key in inner.model_fields} if inner else {}
     return keys
+
+
+def _optional_section(annotation: Any) -> type[BaseModel] | None:
+    """The section that a setting may hold, such as data.sampling; None if it holds none."""
+    kinds = [kind for kind in get_args(annotation) if isinstance(kind, type) and issubclass(kind, BaseModel)]
+    return kinds[0] if kinds and type(None) in get_args(annotation) else None
 
 
 def required_keys(recipe: type[Step] = Recipe) -> list[tuple[str, str]]:
@@ -106,10 +115,14 @@ def dotted(key: Key) -> str:
 
 def missing_key(key: Key, recipe: type[Step] = Recipe) -> str:
     """Say that a key is required, and what it is for; of a section, which keys are."""
-    if len(key) > 2:  # an entry of data.train
+    if any(isinstance(part, int) for part in key):  # an entry of data.train
         return f"required, and not given: {Source.model_fields[str(key[-1])].description}"
     field = recipe.model_fields[str(key[0])]
     section = field.annotation
+    if len(key) > 2:
+        inner = _optional_section(section.model_fields[str(key[1])].annotation)  # type: ignore[union-attr]
+        field = inner.model_fields[str(key[2])] if inner else field
+        return f"required, and not given: {field.description}"
     if isinstance(section, type) and issubclass(section, BaseModel):
         if len(key) == 1:
             needed = [f"{key[0]}.{name}" for name, leaf in section.model_fields.items() if leaf.is_required()]
@@ -140,7 +153,7 @@ def suggest(key: Key, recipe: type[Step] = Recipe) -> list[str]:
         return by_leaf[leaf][:2]
     if leaf.lower() in _OTHER_NAMES:
         return [_OTHER_NAMES[leaf.lower()]]
-    section = str(key[0]) if len(key) > 1 else ""
+    section = ".".join(map(str, key[:-1]))
     siblings = [name.rpartition(".")[2] for name in known if name.rpartition(".")[0] == section]
     for names in (siblings if section in known or not section else [], list(by_leaf)):
         if near := difflib.get_close_matches(leaf.lower(), names, n=1):

@@ -12,14 +12,10 @@ from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import (
-    BaseModel,
-    BeforeValidator,
-    ConfigDict,
     Discriminator,
     Field,
     PrivateAttr,
     Tag,
-    field_serializer,
     field_validator,
     model_validator,
 )
@@ -27,19 +23,14 @@ from pydantic_core import PydanticCustomError
 
 from finetune.recipe.combinations import METHOD_KEYS, Problem
 from finetune.recipe.combinations import find as find_problems
+from finetune.recipe.section import Section, Text
+from finetune.recipe.train_section import Train
 from finetune.recipe.yaml_text import dump_yaml
 from finetune.stage_table import STAGES
 
 DataFormat = Literal["auto", "sharegpt", "messages", "alpaca", "prompt_response", "text"]
-Text = Annotated[str, Field(min_length=1)]
 
 _TOOLKIT_ROOT = Path(__file__).resolve().parents[2]
-
-
-class Section(BaseModel):
-    """A group of settings: unknown keys are refused, types are strict."""
-
-    model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False, protected_namespaces=())
 
 
 class Model(Section):
@@ -58,12 +49,19 @@ class Model(Section):
         default="none",
         description="hold the frozen base in 8 bits (LLM.int8) or 4 bits (nf4, doubly quantised: QLoRA)",
     )
+    embeddings: Literal["full", "int8"] = Field(
+        default="full",
+        description="hold embeddings and head in 8 bits too, beside a quantised base: 1 GiB less of a 7B model",
+    )
     dtype: Literal["bfloat16", "float16", "float32"] = Field(
         default="bfloat16", description="precision of unquantised weights and of computation"
     )
     attention: Literal[
         "auto", "eager", "sdpa", "flash_attention_2", "flash_attention_3", "flex_attention"
-    ] = Field(default="auto", description="attention implementation; auto is sdpa, which every machine has")
+    ] = Field(
+        default="auto",
+        description="attention implementation; auto is the best one here that passes a self-test",
+    )
 
 
 class Adapter(Section):
@@ -138,22 +136,24 @@ class Source(Section):
     format: DataFormat | None = Field(default=None, description="format of this source; null is data.format")
 
 
-def _source_kind(value: Any) -> str | None:
+def path_or_section(value: Any) -> str | None:
+    """Which of the two tags an entry has, for pydantic; None if it is neither."""
     if isinstance(value, str):
         return "<path>"
-    return "<source>" if isinstance(value, (dict, Source)) else None
+    return "<section>" if isinstance(value, (dict, Section)) else None
 
 
-def _sources_kind(value: Any) -> str | None:
+def path_or_list(value: Any) -> str | None:
+    """As `path_or_section`, for a setting that may be a list of entries."""
     if isinstance(value, str):
         return "<path>"
     return "<list>" if isinstance(value, list) else None
 
 
 _OneSource = Annotated[
-    Annotated[Text, Tag("<path>")] | Annotated[Source, Tag("<source>")],
+    Annotated[Text, Tag("<path>")] | Annotated[Source, Tag("<section>")],
     Discriminator(
-        _source_kind,
+        path_or_section,
         custom_error_type="source",
         custom_error_message="expected a path or {path: ..., weight: ..., format: ...}",
     ),
@@ -162,11 +162,36 @@ Sources = Annotated[
     Annotated[Text, Tag("<path>")]
     | Annotated[Annotated[list[_OneSource], Field(min_length=1)], Tag("<list>")],
     Discriminator(
-        _sources_kind,
+        path_or_list,
         custom_error_type="sources",
         custom_error_message="expected a path or a list of paths and {path: ..., weight: ...} entries",
     ),
 ]
+
+
+class Sampling(Section):
+    """A sample of the training rows, balanced over what they ask and free of near-duplicates."""
+
+    size: int = Field(gt=0, description="training rows to take; fewer where fewer differ")
+    method: Literal["quota", "temperature"] = Field(
+        default="quota",
+        description="quota: the same share for each secondary category; temperature: in proportion to its rows "
+        "to the power of temperature",
+    )
+    temperature: float | None = Field(
+        default=None,
+        ge=0,
+        le=1,
+        description="method temperature: 0 is the same for all, 1 leaves the mix as it is; null is 0.3",
+    )
+    categories: Annotated[list[Text], Field(min_length=1)] | None = Field(
+        default=None,
+        description="take these alone: ids of any tier of the prompt taxonomy, or unknown; null is all",
+    )
+    column: Text | None = Field(
+        default=None, description="column with the id of each row's category; null classifies the prompts"
+    )
+    overlays: list[Text] = Field(default=[], description="YAML files that extend the prompt taxonomy")
 
 
 class Data(Section):
@@ -199,6 +224,10 @@ class Data(Section):
     max_rows: int | None = Field(
         default=None, gt=0, description="use only the first rows of each source; null is all"
     )
+    sampling: Sampling | None = Field(
+        default=None,
+        description="train on a sample balanced over the prompt taxonomy: {size: ..., method: ...}; null is all",
+    )
     workers: int | None = Field(
         default=None, gt=0, description="processes that tokenise; null is one per core"
     )
@@ -215,72 +244,6 @@ class Data(Section):
         entries = [sources] if isinstance(sources, str) else sources
         full = [Source(path=entry) if isinstance(entry, str) else entry for entry in entries]
         return [entry.model_copy(update={"format": entry.format or self.format}) for entry in full]
-
-
-AUTO = 0
-"""`train.batch_size: auto`, until the run knows the device and decides."""
-
-
-def _batch_size(value: Any) -> Any:
-    if value == "auto":
-        return AUTO
-    if isinstance(value, int) and not isinstance(value, bool) and value < 1:
-        raise ValueError(f"expected a number of at least 1, or auto, found {value}")
-    return value
-
-
-class Train(Section):
-    """Optimisation, evaluation and checkpoints."""
-
-    epochs: float = Field(default=3.0, gt=0, description="passes over the training data")
-    max_steps: int | None = Field(
-        default=None, gt=0, description="stop after so many optimiser steps; null is by epochs"
-    )
-    batch_size: Annotated[int, BeforeValidator(_batch_size)] = Field(
-        default=4,
-        description="examples (or packs) on each device at once; auto takes the largest divisor of "
-        "gradient_accumulation that fits and accumulates the rest",
-    )
-    eval_batch_size: int | None = Field(
-        default=None, ge=1, description="the same in evaluation; null is batch_size"
-    )
-    gradient_accumulation: int = Field(
-        default=4, ge=1, description="batches added up before each optimiser step"
-    )
-    learning_rate: float = Field(default=2e-4, gt=0, description="peak learning rate")
-    schedule: Literal["constant", "linear", "cosine", "constant_with_warmup"] = Field(
-        default="constant", description="course of the learning rate"
-    )
-    warmup_ratio: float = Field(
-        default=0.0, ge=0, le=1, description="share of all steps in which the rate rises from 0"
-    )
-    optimizer: Literal["adamw", "adamw_8bit", "paged_adamw", "paged_adamw_8bit"] = Field(
-        default="adamw", description="AdamW; 8-bit and paged ones save memory and need a GPU"
-    )
-    betas: Annotated[list[Annotated[float, Field(ge=0, lt=1)]], Field(min_length=2, max_length=2)] = Field(
-        default=[0.9, 0.98], description="AdamW's two decay rates"
-    )
-    weight_decay: float = Field(default=1e-4, ge=0, description="AdamW's weight decay")
-    max_grad_norm: float = Field(default=1.0, gt=0, description="gradients are scaled down to this norm")
-    gradient_checkpointing: bool = Field(
-        default=True,
-        description="recompute activations to save memory, about a third slower (prefix: default false)",
-    )
-    eval_every: int | None = Field(
-        default=None, ge=1, description="steps between evaluations; null is every epoch"
-    )
-    save_every: int | None = Field(
-        default=None, ge=1, description="steps between checkpoints; null is every epoch"
-    )
-    keep_checkpoints: int = Field(default=2, ge=1, description="checkpoints kept, beside the best one")
-    log_every: int = Field(default=10, ge=1, description="steps between lines of metrics.jsonl")
-    z_loss_weight: float = Field(
-        default=0.0, ge=0, description="weight of the max-z loss (2e-4 in Baichuan 2's pre-training)"
-    )
-
-    @field_serializer("batch_size")
-    def _write_batch_size(self, value: int) -> int | str:
-        return "auto" if value == AUTO else value
 
 
 class Report(Section):
@@ -302,6 +265,9 @@ class Step(Section):
 
     unread: ClassVar[frozenset[str]] = frozenset()
     """Dotted keys that the class inherits and its stage has no use for."""
+
+    changeable: ClassVar[frozenset[str]] = frozenset()
+    """Dotted keys, beside those of every stage, that a run may be resumed with other values of."""
 
     _file: Path | None = PrivateAttr(None)
 
@@ -328,6 +294,10 @@ class Step(Section):
 
     def problems(self) -> list[Problem]:
         """Settings that cannot work together, each with its key, the reason and the remedy."""
+        return []
+
+    def input_files(self) -> list[str]:
+        """The data files that are read, as the recipe names them: a step is done again where one has changed."""
         return []
 
     @property
@@ -379,6 +349,12 @@ class Recipe(Step):
     def problems(self) -> list[Problem]:
         """Settings that cannot work together; a stage with a recipe class of its own adds what it cannot do."""
         return find_problems(self)
+
+    def input_files(self) -> list[str]:
+        """Training and held-out data, and what extends the taxonomy that training data is sampled by."""
+        overlays = self.data.sampling.overlays if self.data.sampling else []
+        sources = [*self.data.train_sources(), *self.data.validation_sources()]
+        return [*(source.path for source in sources), *overlays]
 
     def settings(self) -> dict[str, Any]:
         """All settings; keys that the adapter's method does not read are left out."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from safetensors.torch import load_file, save_file
@@ -13,6 +13,7 @@ from transformers import PrinterCallback, Trainer
 
 from finetune.errors import UserError
 from finetune.files import give_usual_modes
+from finetune.train.finite import FiniteGuard
 from finetune.train.run_folder import TRAINABLE_FILE, RunFolder, step_of
 
 
@@ -42,36 +43,47 @@ class AdapterTraining(Trainer):
             if parameter.requires_grad:
                 parameter.data = parameter.data.float()
         self.tokens_seen: Any = 0  # a tensor on the device once training runs, so that counting needs no sync
-        self._finite: torch.Tensor | None = None
+        self._guard = FiniteGuard(self)
 
     def training_step(self, *args: Any, **kwargs: Any) -> torch.Tensor:
         """One micro-batch; remembers whether every loss so far was a number."""
         loss = super().training_step(*args, **kwargs)
-        finite = torch.isfinite(loss)
-        self._finite = finite if self._finite is None else self._finite & finite
+        self._guard.saw(loss)
         return loss
 
     def _get_grad_norm(self, *args: Any, **kwargs: Any) -> Any:
-        """As in transformers; the norm tells whether the gradient is one (float16's loss scaling aside)."""
+        """As in transformers; the norm tells whether the gradient is a number (float16's loss scaling aside)."""
         norm = super()._get_grad_norm(*args, **kwargs)
-        if norm is not None and not self.args.fp16 and self._finite is not None:
-            whole = norm.full_tensor() if hasattr(norm, "full_tensor") else norm  # a DTensor under FSDP2
-            self._finite = self._finite & torch.isfinite(torch.as_tensor(whole, device=self._finite.device))
+        if norm is not None and not self.args.fp16:
+            whole = norm.full_tensor() if hasattr(norm, "full_tensor") else norm  # FSDP2's is a DTensor
+            self._guard.saw(torch.as_tensor(whole, device=self.args.device))  # DeepSpeed's is a float
         return norm
 
+    def before_optimizer_step(self) -> None:
+        """Have the optimiser not step on bad numbers.
+
+        Raises:
+            NotFinite: see `require_finite`.
+        """
+        if not self._guard.before_step():
+            self._stop_at_bad_numbers()
+
     def require_finite(self) -> None:
-        """Stop before an optimiser step that would spoil the weights.
+        """Stop if there was a step that would have spoiled the weights; waits for the device.
 
         Raises:
             NotFinite: after saving the state that the last good step left.
         """
-        finite, self._finite = self._finite, None
-        if finite is None:
-            return
-        if self.accelerator.num_processes > 1:  # all stop together
-            finite = self.accelerator.reduce((~finite).float(), "sum") == 0
-        if bool(finite):
-            return
+        if not self._guard.all_sound():
+            self._stop_at_bad_numbers()
+
+    def _maybe_log_save_evaluate(self, *args: Any, **kwargs: Any) -> None:
+        control = self.control
+        if control.should_log or control.should_save or control.should_evaluate:
+            self.require_finite()
+        super()._maybe_log_save_evaluate(*args, **kwargs)
+
+    def _stop_at_bad_numbers(self) -> NoReturn:
         step = self.state.global_step
         self.optimizer.zero_grad(set_to_none=True)
         if step and not (self.run.checkpoints / f"step-{step}").is_dir():
@@ -128,6 +140,20 @@ class AdapterTraining(Trainer):
         )
         if self.args.should_save and output_dir is not None:
             give_usual_modes(Path(output_dir))
+
+    def gather_adapter(self, folder: Path, *, best: int | None) -> None:
+        """Write the adapter where no process holds all of it: that of the best step, or the last one.
+
+        Args:
+            folder: where to.
+            best: step of the lowest validation loss; None where nothing was validated.
+        """
+        if not best or best == self.state.global_step:
+            self.save_model(str(folder))
+        elif self.args.should_save:  # its checkpoint was gathered when it was saved
+            folder.mkdir(exist_ok=True)
+            for path in (self.run.checkpoints / f"step-{best}").glob("adapter_*"):
+                shutil.copyfile(path, folder / path.name)
 
     def _remove_old_checkpoints(self) -> None:
         folders = sorted(self.run.checkpoints.glob("step-*"), key=step_of)

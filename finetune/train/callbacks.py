@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import json
 import os
-import resource
 import signal
 import sys
 import time
+from collections import deque
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -16,6 +16,8 @@ import torch
 from transformers import TrainerCallback
 
 from finetune.files import write_text
+from finetune.terminal import training_bar
+from finetune.train.peak import peak_memory_bytes
 from finetune.train.run_folder import RunFolder
 
 if TYPE_CHECKING:
@@ -31,14 +33,6 @@ NOT_METRICS = (
 )
 
 
-def peak_memory_bytes() -> int:
-    """Highest memory so far: allocated on this process's GPU, or resident on a CPU."""
-    if torch.cuda.is_available():
-        return torch.cuda.max_memory_allocated()
-    scale = 1 if sys.platform == "darwin" else 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * scale
-
-
 class MetricsCallback(TrainerCallback):
     """Appends a line to metrics.jsonl and the same to TensorBoard at every logged step and evaluation."""
 
@@ -49,6 +43,7 @@ class MetricsCallback(TrainerCallback):
         self.tokens_per_second = 0.0
         self._start = time.monotonic()
         self._last = (self._start, 0.0)
+        self._purged_from = resumed_step + 1 if resumed_step else None
         self._tokens_before, self._seconds_before = self._cut(resumed_step)
 
     def _cut(self, step: int) -> tuple[float, float]:
@@ -117,7 +112,8 @@ class MetricsCallback(TrainerCallback):
         if self._writer is None:
             from torch.utils.tensorboard import SummaryWriter
 
-            self._writer = SummaryWriter(str(self.run.path / "tensorboard"))
+            folder = str(self.run.path / "tensorboard")
+            self._writer = SummaryWriter(folder, purge_step=self._purged_from)  # hides what was cut, too
         for key, value in record.items():
             if key != "step" and isinstance(value, (int, float)):
                 split = "validation" if key.startswith("eval_") else "train"
@@ -147,19 +143,9 @@ class ProgressCallback(TrainerCallback):
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if not (self.live and state.is_world_process_zero):
             return
-        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-
-        self._bar = Progress(
-            TextColumn("training"),
-            BarColumn(),
-            MofNCompleteColumn(),
-            TextColumn("{task.fields[numbers]}"),
-            TimeRemainingColumn(),
-            console=self.console,
-            transient=True,
+        self._bar, self._task = training_bar(
+            self.console, "training", total=state.max_steps, done=state.global_step
         )
-        self._bar.start()
-        self._task = self._bar.add_task("", total=state.max_steps, completed=state.global_step, numbers="")
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if self._bar is not None:
@@ -198,6 +184,7 @@ class InterruptCallback(TrainerCallback):
     def __init__(self) -> None:
         self.requested = False  # here or in another process
         self._signalled = False
+        self._flags: deque[tuple[torch.Tensor, Any]] = deque()
         self.checkpoint: Path | None = None
         self._previous: dict[int, Any] = {}
 
@@ -221,12 +208,27 @@ class InterruptCallback(TrainerCallback):
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if args.world_size > 1:  # the signal reaches processes at different moments: stop at the same step
-            flag = torch.tensor(int(self.requested), device=args.device)
-            torch.distributed.all_reduce(flag, op=torch.distributed.ReduceOp.MAX)
-            self.requested = bool(flag)
+            self.requested = self._requested_anywhere(args.device)
         if self.requested and state.global_step < state.max_steps:
             control.should_save = True
             control.should_training_stop = True
+
+    def _requested_anywhere(self, device: torch.device) -> bool:
+        """Whether any process had been asked to stop by the step before; this step's answer is under way.
+
+        To wait for it would be to wait for the device.
+        """
+        flag = torch.full((), int(self._signalled), device=device)
+        torch.distributed.all_reduce(flag, op=torch.distributed.ReduceOp.MAX)
+        cuda = flag.device.type == "cuda"
+        here = torch.empty_like(flag, device="cpu", pin_memory=cuda).copy_(flag, non_blocking=True)
+        self._flags.append((here, torch.cuda.current_stream().record_event() if cuda else None))
+        if len(self._flags) < 2:
+            return False
+        before, copied = self._flags.popleft()
+        if copied is not None:
+            copied.synchronize()
+        return bool(before)
 
     def on_epoch_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         # transformers calls this after any stop; only a whole epoch is evaluated.
@@ -256,7 +258,7 @@ class AlreadyTrained(Exception):
 
 
 class FiniteCallback(TrainerCallback):
-    """Refuses an optimiser step whose loss or gradient is not a number, and one after the last."""
+    """Refuses optimiser steps whose loss or gradient is not a number, and one after the last."""
 
     def __init__(self) -> None:
         self.trainer: AdapterTrainer | None = None
@@ -266,5 +268,9 @@ class FiniteCallback(TrainerCallback):
             raise AlreadyTrained
 
     def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        assert self.trainer is not None
+        self.trainer.before_optimizer_step()
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         assert self.trainer is not None
         self.trainer.require_finite()

@@ -8,9 +8,9 @@ import time
 from dataclasses import dataclass
 
 from finetune.errors import UserError
+from finetune.sizes import bytes_of
 
 GIB = 2**30
-UNITS = {"GIB": 2**30, "GB": 10**9, "G": 2**30, "MIB": 2**20, "MB": 10**6}
 
 
 @dataclass(frozen=True)
@@ -68,12 +68,13 @@ def parse_device(text: str) -> Device:
     compact = text.lower().replace(" ", "").replace("nvidia", "").replace("geforce", "")
     if compact in CARDS:
         return CARDS[compact]
-    match = re.fullmatch(r"(\d+(?:\.\d+)?)(gib|gb|g|mib|mb)", compact)
-    if match and (size := int(float(match[1]) * UNITS[match[2].upper()])) > 0:
+    if compact and compact[-1].isalpha() and (size := bytes_of(compact)):
         return Device(text.strip(), size, None)
     names = [card.name for card in CARDS.values()]
     near = difflib.get_close_matches(compact, CARDS, n=1)
     guess = f"did you mean {CARDS[near[0]].name}? " if near else ""
+    if re.fullmatch(r"[1-9]\d*(\.\d+)?", compact):
+        guess = f"did you mean {compact}GiB? "
     raise UserError(
         f"--device: found {text!r}, expected a size such as 24GiB or the name of a card",
         hint=f"{guess}known are {', '.join(names)}",

@@ -54,10 +54,15 @@ def _command() -> list[str]:
     return [program.name, *sys.argv[1:]]
 
 
-def record_environment(run_dir: Path) -> None:
-    """Write environment.json; of a resumed run it keeps the earlier ones under `earlier`, newest last."""
+def record_environment(run_dir: Path, *, attention: dict[str, str]) -> None:
+    """Write environment.json; of a resumed run it keeps the earlier ones under `earlier`, newest last.
+
+    Args:
+        run_dir: the run.
+        attention: the implementation chosen, and why.
+    """
     path = run_dir / "environment.json"
-    record = environment()
+    record = {**environment(), "attention": attention}
     with contextlib.suppress(OSError, ValueError):  # none yet, or damaged
         before = json.loads(path.read_text(encoding="utf-8"))
         record["earlier"] = [*before.pop("earlier", []), before]

@@ -9,6 +9,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from finetune.train.activations import activation_bytes, host_bytes
+
 if TYPE_CHECKING:
     from finetune.recipe.schema import Recipe
 
@@ -20,7 +22,7 @@ NF4_BYTES = 0.5 + (1 + 4 / 256) / 64
 OPTIMIZER_BYTES = {"adamw": 8, "adamw_8bit": 2, "paged_adamw": 0, "paged_adamw_8bit": 0}
 """State of a trainable parameter on the device; paged state moves to host memory under pressure."""
 
-CONTEXT_BYTES = {"cuda": int(0.6 * GIB), "cpu": int(0.68 * GIB)}
+CONTEXT_BYTES = {"cuda": int(0.6 * GIB), "cpu": int(0.8 * GIB)}
 """Before any tensor: CUDA context and libraries, or Python with torch and friends."""
 
 
@@ -31,10 +33,12 @@ class MemoryPrediction:
     Attributes:
         parts: name → bytes.
         device_type: ``cuda`` or ``cpu``.
+        host: bytes of host memory that activations are moved to.
     """
 
     parts: dict[str, int]
     device_type: str
+    host: int = 0
 
     @property
     def total(self) -> int:
@@ -77,48 +81,40 @@ def predict_memory(
     virtual = adapter.num_virtual_tokens if adapter.method != "lora" else 0
     length = min(longest or recipe.data.max_length, recipe.data.max_length) + virtual
     tokens = max(1, train.batch_size) * sequences * length  # auto, not yet decided, is at least 1
-    layer = _layer_activations(
-        hidden, wide, width, lora=adapter.method == "lora", dropout=adapter.dropout > 0
-    )
-    if train.gradient_checkpointing:
-        activations = tokens * (layers * hidden * width + layer)
-    else:
-        activations = tokens * layers * layer
+    from finetune.baichuan.int8_rows import STEP
     from finetune.baichuan.loss import tile_rows
 
     tile = min(tokens, tile_rows(vocab, device_type))
-    loss = tile * vocab * (width + 2 * 4) + tokens * hidden * (width + 4)
+    logits = tile * vocab * (width + 2 * 4)
+    embeddings = 2 * vocab * hidden * width
+    if settings.embeddings == "int8":
+        embeddings = 2 * vocab * (hidden + 4)
+        logits += 2 * STEP * hidden * width
     dequantised = 0 if settings.quantization == "none" else 2 * hidden * max(wide, 3 * hidden) * width
+    kept, again = activation_bytes(recipe, config, tokens=tokens, width=width, device_type=device_type)
     parts = {
-        "weights": int(body * per_weight + 2 * vocab * hidden * width),
+        "weights": int(body * per_weight + embeddings),
         "adapter": trainable * 4,
         "gradients": trainable * 4,
         "optimizer": trainable * OPTIMIZER_BYTES[train.optimizer],
-        "activations": int(activations),
-        "loss": int(loss),
+        "activations": kept + again,
+        # The logits are gone when the first layer is computed again.
+        "loss": tokens * hidden * (width + 4) + max(0, logits - again),
         "workspace": int(dequantised + CONTEXT_BYTES[device_type]),
     }
-    return MemoryPrediction(parts, device_type)
-
-
-def _layer_activations(hidden: int, wide: int, width: int, *, lora: bool, dropout: bool) -> int:
-    """Bytes that one layer saves for its backward pass, for each token.
-
-    Frozen matrices save nothing for themselves. Kept are: both norms' inputs and float32 copies, q, k, v, the
-    attention output, and gate, up, their activation and product; LoRA adds its inputs in float32, and once
-    more with dropout's scaling.
-    """
-    saved = (2 + 3 + 1 + 1) * hidden * width + 2 * 2 * hidden * 4 + 4 * wide * width
-    if lora:
-        inputs = 4 * hidden + wide
-        saved += inputs * 4 * (2 if dropout else 1)
-    return saved
+    return MemoryPrediction(parts, device_type, host_bytes(recipe, config, tokens=tokens, width=width))
 
 
 def suggestions(
-    recipe: Recipe, config: dict[str, Any], trainable: int, budget: int, *, longest: int | None = None
+    recipe: Recipe,
+    config: dict[str, Any],
+    trainable: int,
+    budget: int,
+    *,
+    longest: int | None = None,
+    sequences: int = 1,
 ) -> list[str]:
-    """Overrides that would make a run fit ``budget`` bytes of GPU memory, cheapest first.
+    """Overrides that would make a run fit ``budget`` bytes of GPU memory, cheapest first; else as `predict_memory`.
 
     If no single change is enough it is their combination, and nothing if that is not either.
     """
@@ -131,21 +127,34 @@ def suggestions(
                 {"train": {"batch_size": 1, "gradient_accumulation": factor}},
             )
         )
-    if not recipe.train.gradient_checkpointing and recipe.adapter.method != "prefix":
+    if recipe.train.gradient_checkpointing is not True:
         changes.append(("train.gradient_checkpointing=true", {"train": {"gradient_checkpointing": True}}))
+    elif not recipe.train.activation_offloading:
+        changes.append(("train.activation_offloading=true", {"train": {"activation_offloading": True}}))
+    if recipe.model.embeddings == "full":
+        changes.append(("model.embeddings=int8", {"model": {"embeddings": "int8"}}))
     if recipe.data.max_length > 512:
         shorter = recipe.data.max_length // 2
         changes.append((f"data.max_length={shorter}", {"data": {"max_length": shorter}}))
     if recipe.model.quantization != "nf4":
         changes.append(("model.quantization=nf4", {"model": {"quantization": "nf4"}}))
 
-    def total(updates: list[dict[str, Any]]) -> int:
-        changed = recipe
+    def changed(updates: list[dict[str, Any]]) -> Recipe:
+        made = recipe
         for update in updates:
             for section, values in update.items():
-                part = getattr(changed, section).model_copy(update=values)
-                changed = changed.model_copy(update={section: part})
-        return predict_memory(changed, config, trainable, device_type="cuda", longest=longest).total
+                part = getattr(made, section).model_copy(update=values)
+                made = made.model_copy(update={section: part})
+        return made
+
+    def total(updates: list[dict[str, Any]]) -> int:
+        made = changed(updates)
+        prediction = predict_memory(
+            made, config, trainable, device_type="cuda", longest=longest, sequences=sequences
+        )
+        return prediction.total
+
+    changes = [(text, update) for text, update in changes if not changed([update]).problems()]
 
     found = []
     for text, update in changes:

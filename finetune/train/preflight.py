@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from finetune.errors import UserError
 from finetune.train.run_folder import RunFolder
+from finetune.words import are, plural
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -52,26 +53,49 @@ def check_machine(recipe: Recipe, run: RunFolder) -> None:
         UserError: naming the setting.
     """
     from finetune.adapters.build import check_device
-    from finetune.baichuan.load import choose_attention, pick_device
+    from finetune.baichuan.attention_choice import check_attention
+    from finetune.baichuan.load import compute_dtype, pick_device
     from finetune.train.trainer import training_arguments
 
     check_device(recipe.adapter)
-    choose_attention(recipe.model.attention, pick_device())
+    device = pick_device()
+    check_attention(recipe.model.attention, device, compute_dtype(recipe.model.dtype, device))
     training_arguments(recipe, run, evaluates=False)
+
+
+def announce_attention(recipe: Recipe, base: Base, console: Console) -> dict[str, str]:
+    """Choose the attention implementation and say which and why.
+
+    Returns:
+        the same for environment.json.
+
+    Raises:
+        UserError: if the one asked for cannot be used here.
+    """
+    from dataclasses import asdict
+
+    from finetune.baichuan.load import attention_of
+
+    chosen = attention_of(recipe.model, base, compiled=recipe.train.compile)
+    console.print(f"attention: {chosen}", highlight=False, markup=False)
+    return asdict(chosen)
 
 
 def describe_data(data: PreparedData, console: Console) -> None:
     """What was found in the data, in a few lines."""
     for file in data.report.files:
-        kept = f"{file.kept:,} of {file.rows:,} rows" if file.bad else f"{file.rows:,} rows"
+        rows = plural(file.rows, "row")
+        kept = f"{file.kept:,} of {rows}" if file.bad else rows
         console.print(
             f"{file.split}: {file.file}: {kept}, layout {file.format}", highlight=False, soft_wrap=True
         )
-    for what, rows in (("left out", data.report.bad_rows), ("odd, kept", data.report.odd_rows)):
-        for row in rows[:SHOWN_ROWS]:
+    if data.report.sampling is not None:
+        console.print(data.report.sampling.summary(), highlight=False)
+    for what, listed in (("left out", data.report.bad_rows), ("odd, kept", data.report.odd_rows)):
+        for row in listed[:SHOWN_ROWS]:
             console.print(f"  {what}: {row}", highlight=False, markup=False, soft_wrap=True)
-        if len(rows) > SHOWN_ROWS:
-            console.print(f"  and {len(rows) - SHOWN_ROWS:,} more; a run lists all in data_report.json")
+        if len(listed) > SHOWN_ROWS:
+            console.print(f"  and {len(listed) - SHOWN_ROWS:,} more; a run lists all in data_report.json")
     for warning in data.report.warnings:
         console.print(f"note: {warning}", style="yellow", highlight=False, markup=False)
 
@@ -88,7 +112,7 @@ def decide_batch_size(
         resume: go on with the batch size of the run in the folder.
         sequences: rows that go through the model for each one that the batch size counts.
     """
-    from finetune.recipe.schema import AUTO
+    from finetune.recipe.train_section import AUTO
     from finetune.train.devices import present_device
     from finetune.train.memory import count_parameters
     from finetune.train.planning import Plan, with_batch_size
@@ -128,19 +152,26 @@ def predict(
     processes = _processes_that_share_the_base()
     if processes > 1:
         weights = prediction.parts["weights"] // processes
-        prediction = MemoryPrediction({**prediction.parts, "weights": weights}, device_type)
+        prediction = MemoryPrediction({**prediction.parts, "weights": weights}, device_type, prediction.host)
     share = trainable / total
     console.print(
         f"trainable parameters: {trainable:,} of {total:,} ({share:.2%})\npredicted peak memory: {prediction}",
         highlight=False,
     )
     if device_type == "cuda":
+        unused = torch.cuda.device_count() - int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+        if unused > 0:
+            console.print(
+                f"note: {plural(unused, 'GPU')} of this machine {are(unused)} not used; --processes takes more",
+                style="yellow",
+                highlight=False,
+            )
         card = torch.cuda.get_device_properties(0).total_memory
         if prediction.parts["weights"] > card:
             raise UserError(
                 f"not enough memory: the weights of {base.name} take "
                 f"{prediction.parts['weights'] / GIB:.1f} GiB, the GPU has {card / GIB:.1f} GiB",
-                hint=advice(recipe, config, trainable, card, longest),
+                hint=advice(recipe, config, trainable, card, longest=longest, sequences=data.sequences),
             )
         if prediction.total > card:
             console.print(f"this may not fit the GPU's {card / GIB:.1f} GiB", style="yellow", highlight=False)
@@ -154,16 +185,24 @@ def _processes_that_share_the_base() -> int:
     return int(os.environ.get("WORLD_SIZE", "1")) if base_is_sharded() else 1
 
 
-def advice(recipe: Recipe, config: dict[str, Any], trainable: int, budget: int, longest: int | None) -> str:
+def advice(
+    recipe: Recipe,
+    config: dict[str, Any],
+    trainable: int,
+    budget: int,
+    *,
+    longest: int | None,
+    sequences: int,
+) -> str:
     """What to lower so that a run fits ``budget`` bytes, as the hint of a message."""
     from finetune.train.memory import suggestions
 
-    found = suggestions(recipe, config, trainable, budget, longest=longest)
+    found = suggestions(recipe, config, trainable, budget, longest=longest, sequences=sequences)
     return "try " + ", or ".join(found) if found else "use a smaller base or a GPU with more memory"
 
 
 @contextlib.contextmanager
-def out_of_memory_explained(recipe: Recipe, base: Base, trainable: int) -> Iterator[None]:
+def out_of_memory_explained(recipe: Recipe, base: Base, trainable: int, data: PreparedData) -> Iterator[None]:
     """Turn a GPU that is out of memory into a message that says what to lower."""
     import torch
 
@@ -173,9 +212,10 @@ def out_of_memory_explained(recipe: Recipe, base: Base, trainable: int) -> Itera
         from finetune.train.memory import GIB, predict_memory
 
         card = torch.cuda.get_device_properties(0).total_memory
-        prediction = predict_memory(recipe, base.config, trainable, device_type="cuda")
+        rows: dict[str, Any] = {"longest": data.longest, "sequences": data.sequences}
+        prediction = predict_memory(recipe, base.config, trainable, device_type="cuda", **rows)
         gc.collect()
         raise UserError(
             f"the GPU ({card / GIB:.1f} GiB) is out of memory; the run was predicted to take {prediction}",
-            hint=advice(recipe, base.config, trainable, card, None),
+            hint=advice(recipe, base.config, trainable, card, **rows),
         ) from error

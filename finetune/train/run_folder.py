@@ -14,7 +14,7 @@ from finetune.errors import UserError
 from finetune.files import write_text
 
 if TYPE_CHECKING:
-    from finetune.recipe.schema import Recipe
+    from finetune.recipe.schema import Recipe, Step
 
 TRAINABLE_FILE = "trainable.safetensors"
 OURS = (
@@ -80,7 +80,7 @@ class RunFolder:
         """A line a logged step."""
         return self.path / "metrics.jsonl"
 
-    def examine(self, recipe: Recipe, *, resume: bool, overwrite: bool) -> Path | None:
+    def examine(self, recipe: Step, *, resume: bool, overwrite: bool) -> Path | None:
         """Whether this recipe may have the folder; nothing is touched.
 
         Returns:
@@ -123,7 +123,7 @@ class RunFolder:
             )
         return holds_run
 
-    def claim(self, recipe: Recipe, *, resume: bool, overwrite: bool) -> Path | None:
+    def claim(self, recipe: Step, *, resume: bool, overwrite: bool) -> Path | None:
         """Take the folder for this recipe, if `examine` allows it; an overwritten run is gone after."""
         checkpoint = self.examine(recipe, resume=resume, overwrite=overwrite)
         if not resume:
@@ -149,13 +149,13 @@ class RunFolder:
             else:
                 path.unlink(missing_ok=True)
 
-    def _refuse_changed_recipe(self, recipe: Recipe) -> None:
+    def _refuse_changed_recipe(self, recipe: Step) -> None:
         before = _flatten(self._saved_recipe())
         now = _flatten(yaml.safe_load(recipe.dump()))
         changed = sorted(
             key
             for key in before.keys() | now.keys()
-            if before.get(key) != now.get(key) and key not in MAY_CHANGE_ON_RESUME
+            if before.get(key) != now.get(key) and key not in {*MAY_CHANGE_ON_RESUME, *recipe.changeable}
         )
         if changed:
             shown = "".join(f"\n  {k}: was {before.get(k)!r}, now {now.get(k)!r}" for k in changed[:8])

@@ -15,6 +15,7 @@ from finetune.files import write_json
 from finetune.quiet import quiet_libraries
 from finetune.train.environment import environment, note_training, record_environment
 from finetune.train.preflight import (
+    announce_attention,
     check_machine,
     decide_batch_size,
     describe_data,
@@ -23,6 +24,7 @@ from finetune.train.preflight import (
     with_quantization_of,
 )
 from finetune.train.run_folder import RunFolder, step_of
+from finetune.words import plural
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -83,6 +85,7 @@ def run_stage(
         tokenizer = load_tokenizer(base.folder)
         data = kind.prepare(recipe, tokenizer)
     describe_data(data, console)
+    attention = announce_attention(recipe, base, console)
     prediction, trainable, total = predict(recipe, base, data, console)
     checkpoint = _claim(run, recipe, state, resume=resume, overwrite=overwrite)
     if resume:
@@ -92,9 +95,9 @@ def run_stage(
         console.print(f"{run.path}: going on {where}", highlight=False)
     if main:
         write_json(run.path / "data_report.json", data.report.as_dict())
-        record_environment(run.path)
+        record_environment(run.path, attention=attention)
     try:
-        with out_of_memory_explained(recipe, base, trainable):
+        with out_of_memory_explained(recipe, base, trainable, data):
             session = kind(recipe, run, base, tokenizer, data, console, prediction, (trainable, total))
             return session.train(checkpoint)
     except NotFinite:  # its metrics say how it came to that
@@ -172,8 +175,8 @@ class Session:
             InterruptCallback,
             MetricsCallback,
             ProgressCallback,
-            peak_memory_bytes,
         )
+        from finetune.train.peak import peak_memory_bytes
         from finetune.train.trainer import NotFinite
 
         interrupt = InterruptCallback()
@@ -202,7 +205,7 @@ class Session:
             raise interruption
 
         before, best = baseline.loss, trainer.state.best_global_step
-        if best and best != trainer.state.global_step and not trainer.sharded:  # there, the last is kept
+        if best and best != trainer.state.global_step and not trainer.sharded:
             trainer.load_trainable(self.run.checkpoints / f"step-{best}")
         if samples:
             samples = self.answer(trainer, moment="after", samples=samples)
@@ -231,15 +234,13 @@ class Session:
     def make_trainer(self, callbacks: list[Any]) -> AdapterTraining:
         """Model and trainer; nothing is trained yet."""
         from finetune.adapters.build import attach_adapter, changes_base, save_adapter
-        from finetune.baichuan.load import load_model
         from finetune.data import collator_for
+        from finetune.train.base import load_base
         from finetune.train.trainer import AdapterTrainer, training_arguments
 
         recipe = self.recipe
         arguments = training_arguments(recipe, self.run, evaluates=self.data.validation is not None)
-        model = load_model(recipe.model, self.base)
-        model.config.z_loss_weight = recipe.train.z_loss_weight
-        model.config.use_cache = False
+        model = load_base(recipe, self.base)
         from transformers import set_seed
 
         set_seed(recipe.seed)
@@ -251,7 +252,8 @@ class Session:
             keep_checkpoints=recipe.train.keep_checkpoints,
             train_dataset=self.data.train,
             eval_dataset=self.data.validation,
-            data_collator=collator_for(self.tokenizer),
+            # P-Tuning lengthens the labels by its vectors, and a row's first token is predicted there.
+            data_collator=collator_for(self.tokenizer, places=recipe.adapter.method != "ptuning"),
             processing_class=self.tokenizer,
             callbacks=callbacks,
         )
@@ -310,7 +312,7 @@ class Session:
                 samples = known
             else:
                 alone = self._base_alone(trainer) if moment == "before" else contextlib.nullcontext()
-                self.console.print(f"answering {len(samples)} held-out prompts ({moment} training)")
+                self.console.print(f"answering {plural(len(samples), 'held-out prompt')} ({moment} training)")
                 with alone:
                     answers = answer(
                         self.adapter_of(trainer),
@@ -346,8 +348,8 @@ class Session:
         from finetune.report.samples import mean_scores
 
         gathered = self.run.path / ".adapter"
-        if trainer.sharded:  # every process takes part in gathering the adapter
-            trainer.save_model(str(gathered))
+        if trainer.sharded:  # every process takes part
+            trainer.gather_adapter(gathered, best=result["best_step"])
         if not trainer.is_world_process_zero():
             return
         shutil.rmtree(self.run.adapter, ignore_errors=True)

@@ -16,12 +16,18 @@ QUANTIZED_SPEED = {"none": 1.0, "int8": 0.6, "nf4": 0.75}
 
 
 def step_flops(
-    recipe: Recipe, config: dict[str, Any], *, tokens: float, document: float, supervised: float
+    recipe: Recipe,
+    config: dict[str, Any],
+    *,
+    tokens: float,
+    document: float,
+    supervised: float,
+    recomputed: bool = True,
 ) -> float:
-    """Floating-point operations of an optimiser step of one process, recomputation included.
+    """Floating-point operations of an optimiser step of one process.
 
-    A frozen weight costs 4 a token (forward, and the gradient of its input), and 2 more where activations are
-    recomputed; a LoRA weight 6 and 2; the head, of which only supervised positions are computed, 4; causal
+    A frozen weight costs 4 a token (forward, and the gradient of its input), and 2 more where its product is
+    computed again; a LoRA weight 6 and 2; the head, of which only supervised positions are computed, 4; causal
     attention 6 x layers x hidden a token and key seen, which is half of the document, and 2 more.
 
     Args:
@@ -30,16 +36,23 @@ def step_flops(
         tokens: tokens of a step.
         document: mean tokens of a document.
         supervised: share of the tokens with a label.
+        recomputed: count what is computed again; without, it is what the step needs, however it is done.
     """
     hidden, wide, layers = config["hidden_size"], config["intermediate_size"], config["num_hidden_layers"]
-    again = 2 if recipe.train.gradient_checkpointing else 0
+    # Of the base's products, the adapter's and attention, in units of a forward pass.
+    again = {
+        False: (0, 0, 0),
+        True: (2, 2, 2),
+        "attention": (2, 2, 0),
+        "matmul": (0, 2, 0),
+    }[recomputed and recipe.train.gradient_checkpointing]
     body = layers * (4 * hidden**2 + 3 * hidden * wide)
     adapter = 0
     if recipe.adapter.method == "lora":
         adapter = layers * recipe.adapter.rank * (4 * hidden + 2 * hidden + 3 * (hidden + wide))
-    attention = (6 + again) * layers * hidden * document
+    attention = (6 + again[2]) * layers * hidden * document
     head = 4 * config["vocab_size"] * hidden * supervised
-    return tokens * ((4 + again) * body + (6 + again) * adapter + attention + head)
+    return tokens * ((4 + again[0]) * body + (6 + again[1]) * adapter + attention + head)
 
 
 def seconds_per_step(flops: float, recipe: Recipe, device: Device) -> float | None:

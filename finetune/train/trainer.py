@@ -9,8 +9,8 @@ from transformers import TrainingArguments
 from trl import SFTConfig, SFTTrainer
 
 from finetune.baichuan.chat import IGNORE_INDEX
-from finetune.errors import UserError
 from finetune.train.adapter_training import AdapterTraining, NotFinite
+from finetune.train.base import check_gpu_settings
 from finetune.train.run_folder import RunFolder
 
 if TYPE_CHECKING:
@@ -23,7 +23,7 @@ __all__ = ["AdapterTrainer", "NotFinite", "arguments_for", "training_arguments"]
 Arguments = TypeVar("Arguments", bound=TrainingArguments)
 
 OPTIMIZERS = {
-    "adamw": "adamw_torch",
+    "adamw": "adamw_torch_fused",  # takes a flag on the device: finetune/train/finite.py
     "adamw_8bit": "adamw_8bit",
     "paged_adamw": "paged_adamw_32bit",
     "paged_adamw_8bit": "paged_adamw_8bit",
@@ -56,19 +56,15 @@ def arguments_for(
         more: arguments that only this kind has.
 
     Raises:
-        UserError: if the optimiser needs a GPU and there is none.
+        UserError: if the recipe needs a GPU and there is none.
     """
     train = recipe.train
     cuda = torch.cuda.is_available()
-    if train.optimizer != "adamw" and not cuda:
-        raise UserError(
-            f"train.optimizer: {train.optimizer} needs a GPU, and this machine has none",
-            hint="use train.optimizer=adamw",
-        )
+    check_gpu_settings(train)
     warmup = train.warmup_ratio if train.schedule != "constant" else 0
     every_epoch = train.eval_every is None
     save_epoch = train.save_every is None
-    return kind(
+    arguments = kind(
         output_dir=str(run.checkpoints),
         num_train_epochs=train.epochs,
         max_steps=train.max_steps or -1,
@@ -84,7 +80,9 @@ def arguments_for(
         adam_beta2=train.betas[1],
         weight_decay=train.weight_decay,
         max_grad_norm=train.max_grad_norm,
-        gradient_checkpointing=train.gradient_checkpointing,
+        gradient_checkpointing=bool(
+            train.gradient_checkpointing
+        ),  # what is kept: the model's `checkpointing`
         bf16=cuda and recipe.model.dtype == "bfloat16",
         fp16=cuda and recipe.model.dtype == "float16",
         use_cpu=not cuda,
@@ -102,11 +100,15 @@ def arguments_for(
         data_seed=recipe.seed,
         remove_unused_columns=False,
         dataloader_pin_memory=cuda,
+        accelerator_config={"non_blocking": cuda},  # a batch goes to the device while that is at work
         label_names=["labels"],
         report_to=[],
         disable_tqdm=True,
         **more,
     )
+    # Without a launcher transformers splits a batch over all GPUs (DataParallel), places of labels and all.
+    arguments._n_gpu = min(1, arguments.n_gpu)
+    return arguments
 
 
 class AdapterTrainer(AdapterTraining, SFTTrainer):

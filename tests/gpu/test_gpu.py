@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -134,6 +135,90 @@ def test_runs_learn(tiny_bases: dict[str, Path], tmp_path: Path, encoding: str, 
     talk = ("--prompt", "问题1：怎么办？", "--greedy", "--max-new-tokens", 8)
     adapter = tmp_path / "run" / "adapter"
     assert finetune("chat", "--model", tiny_bases[encoding], "--adapter", adapter, *talk)
+
+
+@pytest.mark.parametrize("kind", ["lora", "qlora", "packed", "matmul_kept", "offloaded"])
+def test_steps_do_not_wait_for_the_device(
+    tiny_bases: dict[str, Path],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    encoding: str,
+    kind: str,
+) -> None:
+    """Between the first logged step and the last; whatever waits raises."""
+    from finetune.train.adapter_training import AdapterTraining
+
+    sections: dict[str, Any] = {
+        "qlora": {"model": {"quantization": "nf4"}},
+        "packed": {"data": {"packing": True}},
+        "matmul_kept": {"train": {"gradient_checkpointing": "matmul"}},
+        "offloaded": {"train": {"activation_offloading": True}},
+    }.get(kind, {})
+    train = {"max_steps": 8, "log_every": 8, **sections.get("train", {})}
+    original = AdapterTraining._maybe_log_save_evaluate
+
+    def watched(self: Any, *args: Any, **kwargs: Any) -> None:
+        torch.cuda.set_sync_debug_mode("default")
+        original(self, *args, **kwargs)
+        if 2 <= self.state.global_step < 7:
+            torch.cuda.set_sync_debug_mode("error")
+
+    monkeypatch.setattr(AdapterTraining, "_maybe_log_save_evaluate", watched)
+    try:
+        finetune("run", write_recipe(tmp_path, tiny_bases[encoding], **{**sections, "train": train}))
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert len(losses(tmp_path / "run")) == 2  # the first step, and the last
+
+
+@pytest.mark.skipif(find_spec("liger_kernel") is None, reason="needs the package liger-kernel")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_liger_kernels_agree_with_ours(encoding: str, dtype: torch.dtype) -> None:
+    from finetune.baichuan.kernels import use_liger
+
+    ids = torch.randint(1100, 1800, (2, 200), generator=torch.Generator().manual_seed(0)).cuda()
+
+    def run(with_liger: bool, kind: torch.dtype) -> list[torch.Tensor]:
+        model = on_gpu(encoding, "sdpa", dtype).to(kind).train()
+        if with_liger:
+            use_liger(model)
+        loss = model(ids, labels=ids, use_cache=False).loss
+        loss.backward()
+        first = model.model.layers[0]
+        return [loss.detach(), first.self_attn.W_pack.weight.grad, first.mlp.gate_proj.weight.grad]
+
+    exact, ours, liger = run(False, torch.float32), run(False, dtype), run(True, dtype)
+    for right, here, there in zip(exact, ours, liger):
+        error = (there.float() - right).norm() / right.norm()
+        assert error < max(1.5 * (here.float() - right).norm() / right.norm(), 1e-3)
+
+
+def test_offloaded_inputs_give_the_same_gradients_and_leave_the_device(
+    encoding: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from finetune.baichuan.checkpointing import Checkpointing, HostMemory
+
+    monkeypatch.setattr(HostMemory, "SMALLEST", 1)
+    ids = torch.randint(1100, 1800, (1, 4096), generator=torch.Generator().manual_seed(0)).cuda()
+    found = []
+    for offload in (False, True):
+        model = tiny_model(encoding, hidden_size=512, num_attention_heads=4, num_hidden_layers=24)
+        model = model.to("cuda", torch.bfloat16).train().requires_grad_(False)
+        model.freeze_head()
+        model.checkpointing = Checkpointing(offload=offload)
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+        first = model.model.layers[0].mlp.up_proj.weight.requires_grad_()
+        for _ in range(2):  # the second step uses what the first has left
+            first.grad = None
+            torch.cuda.reset_peak_memory_stats()
+            loss = model(ids, labels=ids, skip_logits=True, use_cache=False).loss
+            after_forward = torch.cuda.memory_allocated()
+            loss.backward()
+        found.append((first.grad, after_forward))
+        del model, first, loss
+    assert torch.equal(found[0][0], found[1][0])
+    one = 4096 * 512 * 2
+    assert found[0][1] - found[1][1] > 20 * one  # of 24 inputs two or three stay
 
 
 def test_predicted_memory_is_near_the_measured(tmp_path: Path) -> None:

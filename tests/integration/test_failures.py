@@ -66,6 +66,38 @@ def test_gradient_that_is_no_number_stops_the_run(
     assert all(torch.isfinite(tensor).all() for tensor in saved.values())
 
 
+def test_bad_numbers_between_logged_steps(
+    tiny_bases: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Found out at the next logged step; what is saved is the step before, and going on from it loses nothing."""
+    from finetune.train.trainer import AdapterTrainer
+
+    compute = AdapterTrainer.compute_loss
+
+    def compute_loss(self: Any, *args: Any, **kwargs: Any) -> Any:
+        loss = compute(self, *args, **kwargs)
+        return loss * float("nan") if self.model.training and self.state.global_step == 2 else loss
+
+    settings = {"max_steps": 8, "log_every": 5, "schedule": "linear"}
+    made = [
+        write_recipe(tmp_path / name, tiny_bases["rope"], train=settings, adapter={"dropout": 0.0})
+        for name in ("sound", "stopped")
+    ]
+    finetune("run", made[0])
+    with monkeypatch.context() as patch:
+        patch.setattr(AdapterTrainer, "compute_loss", compute_loss)
+        output = finetune("run", made[1], expect=2)
+    assert "the loss or gradient of step 3 is not a number" in output
+    assert steps(tmp_path / "stopped" / "run") == ["step-2"]
+    finetune("run", made[1], "--resume")
+    sound, resumed = (
+        load_file(tmp_path / name / "run" / "adapter" / "adapter_model.safetensors")
+        for name in ("sound", "stopped")
+    )
+    for name, tensor in sound.items():
+        torch.testing.assert_close(resumed[name], tensor, atol=1e-6, rtol=0)
+
+
 def test_diverging_run_stops_with_advice(tiny_bases: dict[str, Path], tmp_path: Path) -> None:
     recipe = write_recipe(tmp_path, tiny_bases["rope"], train={"learning_rate": 1e30, "max_steps": 20})
     output = finetune("run", recipe, expect=2)
@@ -159,6 +191,7 @@ def test_settings_that_this_machine_cannot_serve(tiny_bases: dict[str, Path], tm
     recipe = write_recipe(tmp_path, tiny_bases["rope"])
     for override, says in (
         ("train.optimizer=paged_adamw_8bit", "train.optimizer: paged_adamw_8bit needs a GPU"),
+        ("train.activation_offloading=true", "train.activation_offloading needs a GPU"),
         ("model.attention=flash_attention_2", "model.attention: flash_attention_2 is not available here"),
         ("adapter.init=loftq", "adapter.init: loftq needs a GPU"),
     ):
@@ -198,7 +231,7 @@ def test_base_that_fails_to_load_leaves_no_run(tiny_bases: dict[str, Path], tmp_
     del tensors["model.norm.weight"]
     save_file(tensors, base / "model.safetensors", metadata={"format": "pt"})
     output = finetune("run", write_recipe(tmp_path / "r", base), expect=2)
-    assert "1 weights are missing" in output
+    assert "1 weight missing" in output
     assert not (tmp_path / "r" / "run").exists()
 
 

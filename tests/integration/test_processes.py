@@ -57,6 +57,24 @@ def test_failure_in_two_processes_is_told_once(tiny_bases: dict[str, Path], tmp_
     assert "Traceback" not in output
 
 
+def test_a_step_that_one_process_does(tiny_bases: dict[str, Path], tmp_path: Path) -> None:
+    """The others wait, and end where it fails."""
+    recipe = tmp_path / "redteam.yaml"
+    recipe.write_text(
+        f"stage: redteam\nmodel: {{base: {tiny_bases['rope']}}}\noutput_dir: {tmp_path / 'run'}\n"
+        "redteam: {limit: 3, max_new_tokens: 4, judge: rules}\n"
+    )
+    process = start("run", recipe, "--processes", 2, "redteam.compare=nowhere")
+    output = process.communicate(timeout=120)[0]
+    assert process.returncode == 2, output
+    assert output.count("nowhere: no such folder") == 1
+    process = start("run", recipe, "--processes", 2)
+    output = process.communicate(timeout=120)[0]
+    assert process.returncode == 0, output
+    assert output.count("over-refusal") == 1
+    assert (tmp_path / "run" / "result.json").is_file()
+
+
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_interrupted_processes_save_and_resume(
     tiny_bases: dict[str, Path], tmp_path: Path, number: signal.Signals

@@ -48,6 +48,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "dropout": {"adapter": {"dropout": 0.3}, "train": {"schedule": "cosine"}},
     "packed": {"data": {"packing": True}, "train": {"batch_size": 1, "gradient_accumulation": 2}},
     "evaluated": {"data": {"validation_share": 0.25}, "train": {"eval_every": 2, "save_every": 2}},
+    "sampled": {"data": {"sampling": {"size": 5}}},
     "nf4": {"model": {"quantization": "nf4"}},
     "pissa": {"adapter": {"init": "pissa"}},
     "ptuning": {"adapter": {"method": "ptuning"}},

@@ -50,6 +50,7 @@ def test_run_folder_is_complete(tiny_bases: dict[str, Path], tmp_path: Path) -> 
     assert result["tokens"] > 0
     environment = json.loads((run / "environment.json").read_text(encoding="utf-8"))
     assert {"torch", "transformers", "peft", "trl"} <= environment["versions"].keys()
+    assert environment["attention"].keys() == {"implementation", "reason"}
 
     adapter = load_adapter(model_of(tiny_bases["rope"]), run / "adapter")
     tensors = [p for name, p in adapter.named_parameters() if "lora_B" in name]
@@ -105,6 +106,9 @@ METHODS: dict[str, dict[str, Any]] = {
     "ptuning": {"adapter": {"method": "ptuning"}},
     "prefix": {"adapter": {"method": "prefix"}, "train": {"learning_rate": 0.1}},
     "checkpointing": {"train": {"gradient_checkpointing": True}},
+    "attention_kept": {"train": {"gradient_checkpointing": "attention"}},
+    "matmul_kept": {"train": {"gradient_checkpointing": "matmul"}},
+    "nf4_matmul_kept": {"model": {"quantization": "nf4"}, "train": {"gradient_checkpointing": "matmul"}},
     "z_loss": {"train": {"z_loss_weight": 1e-3}},
 }
 
@@ -190,8 +194,12 @@ def test_validation_loss_is_a_mean_over_tokens(tiny_base: Path, tmp_path: Path, 
     assert metrics(tmp_path / "r" / "run")[0]["eval_loss"] == pytest.approx(total / count, rel=1e-4)
 
 
-def test_best_checkpoint_becomes_the_adapter(tiny_bases: dict[str, Path], tmp_path: Path) -> None:
-    """Training leads away from the held-out text; what is kept is the best."""
+@pytest.mark.parametrize("sharded", [False, True])
+def test_best_checkpoint_becomes_the_adapter(
+    monkeypatch: pytest.MonkeyPatch, tiny_bases: dict[str, Path], tmp_path: Path, sharded: bool
+) -> None:
+    """Training leads away from the held-out text; what is kept is the best, also where it can only be gathered."""
+    monkeypatch.setattr("finetune.train.adapter_training.AdapterTraining.sharded", sharded)
     rows = [{"question": f"合同{i}", "answer": "The quick brown fox jumps over it."} for i in range(4)]
     recipe = write_recipe(
         tmp_path / "r",
@@ -258,3 +266,14 @@ def test_pipeline_runs_in_order(tiny_bases: dict[str, Path], tmp_path: Path) -> 
     for name, encoding in (("a", "rope"), ("b", "alibi")):
         config = json.loads((tmp_path / name / "run" / "adapter" / "adapter_config.json").read_text())
         assert config["base_model_name_or_path"] == str(tiny_bases[encoding])
+
+
+def test_a_sample_of_the_data_is_trained_on_and_told(tiny_bases: dict[str, Path], tmp_path: Path) -> None:
+    recipe = write_recipe(tmp_path, tiny_bases["rope"], data={"sampling": {"size": 5}})
+    assert "data.sampling: 5 of 8 training rows" in finetune("check", recipe)
+    finetune("run", recipe)
+    told = json.loads((tmp_path / "run" / "data_report.json").read_text(encoding="utf-8"))
+    assert told["train"]["rows"] == told["sampling"]["taken"] == 5
+    assert "Sample by category" in (tmp_path / "run" / "report.html").read_text(encoding="utf-8")
+    output = finetune("check", recipe, "data.sampling.categories=['9.99']", expect=2)
+    assert "data.sampling.categories: there is no category '9.99'" in output

@@ -5,6 +5,7 @@ from __future__ import annotations
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -30,7 +31,7 @@ def test_naive_model_computes_the_same_with_one_mask(monkeypatch: pytest.MonkeyP
     assert len([args for args in made if args[0].ndim == 3]) == 1
 
 
-@pytest.mark.parametrize("name", ["train_step", "ppo_step", "merge_memory"])
+@pytest.mark.parametrize("name", ["train_step", "ppo_step", "merge_memory", "attention", "loss"])
 def test_benchmarks_find_the_package(tmp_path: Path, name: str) -> None:
     """From any folder, as `python benchmarks/NAME.py`: without an installed package, without PYTHONPATH."""
     code = f"import sys; sys.path.insert(0, {str(BENCHMARKS)!r}); import {name}; import finetune"
@@ -38,3 +39,79 @@ def test_benchmarks_find_the_package(tmp_path: Path, name: str) -> None:
         [sys.executable, "-E", "-c", code], cwd=tmp_path, capture_output=True, text=True, check=False
     )
     assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize("encoding", ["rope", "alibi"])
+@pytest.mark.parametrize("packed", [False, True])
+def test_attention_rows_are_judged_by_float64(
+    monkeypatch: pytest.MonkeyPatch, encoding: str, packed: bool
+) -> None:
+    monkeypatch.syspath_prepend(BENCHMARKS)
+    import attention
+
+    monkeypatch.setattr(attention, "DOCUMENT", 16)
+    case = attention.Case(torch.device("cpu"), encoding, packed, 64, 2)
+    for implementation in ("eager", "sdpa, mask", "sdpa, one by one"):
+        row = case.measure(implementation, 1)
+        assert "error" not in row, row
+        assert 0 < row["output_error"] < 1e-5
+        assert 0 < row["gradient_error"] < 1e-5
+        assert row["milliseconds"] > 0
+        assert f"| 64 | {encoding} | {'packed, 16' if packed else 'one'} |" in attention.line(row)
+    case.expected[0] = case.expected[0].roll(1, 0)
+    assert case.measure("eager", 1)["output_error"] > 0.1
+    assert "error" in case.measure("flash_attention_2", 1)  # a row that says why, not a crash
+
+
+def test_every_row_of_the_suites_is_a_recipe(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its options are known, and a recipe that our schema accepts; its time can be counted."""
+    monkeypatch.syspath_prepend(BENCHMARKS)
+    import suites
+    import train_step
+    from models import config_of
+
+    from finetune.train.speed import step_flops
+
+    for rows in suites.SUITES.values():
+        for settings in rows.values():
+            monkeypatch.setattr(sys, "argv", ["train_step.py", *suites.flags(settings)])
+            arguments = train_step.parse()
+            recipe = train_step.recipe_of(arguments, Path())
+            config = config_of(arguments.shape, arguments.positions, arguments.seq).to_dict()
+            sizes = {"tokens": 1.0, "document": 1.0, "supervised": 1.0}
+            needed = step_flops(recipe, config, recomputed=False, **sizes)
+            assert 0 < needed <= step_flops(recipe, config, **sizes)
+
+
+def test_a_failing_row_takes_no_other_with_it(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Targets that need it are not met, and time that is spent is spent: the rest is left out."""
+    monkeypatch.syspath_prepend(BENCHMARKS)
+    import suites
+
+    now = [0.0]
+    monkeypatch.setattr(suites.time, "monotonic", lambda: now[0])
+    kept: list[dict[str, Any]] = []
+
+    def measured(path: str, options: list[str], *, timeout: float) -> dict[str, Any]:
+        now[0] += 100.0
+        if "naive" in options or "compile" in " ".join(options):
+            return {"error": "out of memory"}
+        return {
+            "seconds_per_step": 1.0,
+            "tokens_per_second": 50.0 if "llama" in options else 100.0,
+            "share_of_matmul_peak": 0.6,
+            "peak_bytes": 2**30,
+            "predicted_over_measured": 1.0,
+        }
+
+    monkeypatch.setattr(suites, "in_fresh_process", measured)
+    monkeypatch.setattr(suites, "write_result", lambda name, result: kept.append(result) or Path(name))
+    suites.run("gpu", "train_step.py")
+    output = capsys.readouterr().out
+    assert output.count("left out: no time left") > 2
+    assert len(kept) == len(suites.SUITES["gpu"])  # written after every row
+    met = {ratio["what"]: ratio["met"] for ratio in kept[-1]["ratios"]}
+    assert met["7B LoRA against stock Llama at its best"]  # one of the peers ran
+    assert not met["13B against the original code"]

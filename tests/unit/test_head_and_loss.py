@@ -14,6 +14,7 @@ from transformers import AutoModelForCausalLM
 from finetune.baichuan import loss as loss_module
 from finetune.baichuan.head import UnitRowHead
 from finetune.baichuan.loss import causal_lm_loss, tiled_causal_lm_loss
+from finetune.data.collate import supervised_positions
 
 IDS = torch.arange(1200, 1224).view(2, 12)
 
@@ -238,6 +239,24 @@ def test_tiles_give_the_loss_and_gradients_of_the_whole(
 
     for tiled, whole in zip(gradients(True), gradients(False)):
         torch.testing.assert_close(tiled, whole, atol=1e-6, rtol=1e-4)
+
+
+def test_places_of_labels_need_not_be_asked_for() -> None:
+    """The first token of a row is never predicted."""
+    labels = torch.randint(0, 300, (3, 30))
+    labels[0, :20] = -100
+    labels[1, 5:] = -100
+    labels[2] = -100
+    places = supervised_positions(labels)
+    assert places.tolist() == [*range(19, 29), *range(30, 34)]
+    weight, found = torch.randn(300, 16), []
+    for known in (None, places):
+        torch.manual_seed(0)
+        hidden = torch.randn(3, 30, 16, requires_grad=True)
+        loss = tiled_causal_lm_loss(hidden, weight, labels, supervised=known)
+        loss.backward()
+        found.append([loss.detach(), hidden.grad])
+    assert all(torch.equal(*pair) for pair in zip(*found))
 
 
 def test_tiles_are_exact_for_a_target_that_was_all_but_impossible() -> None:

@@ -6,7 +6,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from peft import LoraConfig, get_peft_model
 from test_adapters import LORA, PROMPTS, base_model, settings
+from tiny_model import tiny_model
 
 from finetune.adapters import attach_adapter
 from finetune.baichuan import BaichuanConfig
@@ -56,6 +59,98 @@ def test_what_saves_memory_is_predicted_to_save_it() -> None:
     assert predicted(longest=10**6) == predicted()  # rows are cut to max_length
 
 
+def test_what_is_kept_and_where() -> None:
+    """Of 4,096 tokens through 32 layers of width 4,096, in bytes a token."""
+
+    def activations(keep: bool | str, *, offload: bool = False, layers: int = 32) -> int:
+        made = recipe(
+            train={"gradient_checkpointing": keep, "activation_offloading": offload, "batch_size": 1},
+            data={"train": "t", "max_length": 4096},
+        )
+        config = {**CONFIG_7B, "num_hidden_layers": layers}
+        found = predict_memory(made, config, LORA_64, device_type="cuda")
+        assert found.host == (layers * 4096 * 4096 * 2 if offload else 0)
+        return found.parts["activations"] // 4096
+
+    inputs = 4096 * 2
+    whole = activations(False, layers=1)
+    assert activations(False) == 32 * whole
+    assert activations(True) == 32 * inputs + whole
+    assert activations(True, offload=True) == 3 * inputs + whole
+    assert activations("attention") == 32 * (2 * inputs + 32 * 4) + whole
+    # q, k, v, attention and its projection, gate and up, the output
+    assert activations("matmul") == 32 * (7 * inputs + 2 * 11_008 * 2 + 32 * 4) + whole
+    assert activations("matmul") < 0.55 * activations(False)
+
+
+@pytest.mark.parametrize("encoding", ["rope", "alibi"])
+@pytest.mark.parametrize("dropout", [0.0, 0.05])
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_activations_are_what_autograd_saves(encoding: str, dropout: float, checkpointing: bool) -> None:
+    """In float32, to 2 %: what two more layers add, counted by storage."""
+    tokens = 512
+    shape = {"hidden_size": 256, "intermediate_size": 704, "num_attention_heads": 2}
+
+    def saved(layers: int) -> int:
+        model = tiny_model(encoding, num_hidden_layers=layers, **shape).requires_grad_(False)
+        targets = ["W_pack", "o_proj", "gate_proj", "up_proj", "down_proj"]
+        made = get_peft_model(model, LoraConfig(r=2, lora_dropout=dropout, target_modules=targets)).train()
+        made.enable_input_require_grads()
+        if checkpointing:
+            made.gradient_checkpointing_enable({"use_reentrant": False})
+        weights = {parameter.data_ptr() for parameter in made.parameters()}
+        held: dict[int, torch.Tensor] = {}
+
+        def pack(tensor: torch.Tensor) -> torch.Tensor:
+            held.setdefault(tensor.untyped_storage().data_ptr(), tensor)
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+            model.model(input_ids=torch.arange(tokens)[None] + 1100, use_cache=False)
+        return sum(tensor.untyped_storage().nbytes() for key, tensor in held.items() if key not in weights)
+
+    def predicted_for(layers: int) -> int:
+        made = recipe(
+            adapter={"rank": 2, "dropout": dropout},
+            train={"gradient_checkpointing": checkpointing, "batch_size": 1},
+            data={"train": "t", "max_length": tokens},
+        )
+        config = BaichuanConfig(position_embedding=encoding, num_hidden_layers=layers, **shape).to_dict()
+        return predict_memory(made, config, 0, device_type="cpu").parts["activations"]
+
+    assert saved(4) - saved(2) == pytest.approx(predicted_for(4) - predicted_for(2), rel=0.02)
+
+
+def test_liger_is_counted_where_auto_takes_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    import finetune.baichuan.kernels as kernels
+
+    def activations(**train: Any) -> int:
+        made = recipe(train={"gradient_checkpointing": False, **train})
+        return predict_memory(made, CONFIG_7B, 0, device_type="cuda").parts["activations"]
+
+    monkeypatch.setattr(kernels, "find_spec", lambda _: None)
+    without = activations()
+    monkeypatch.setattr(kernels, "find_spec", lambda _: object())
+    assert activations() == activations(kernels="liger") < without
+    assert activations(kernels="none") == activations(compile=True) == without
+
+
+def test_ppo_is_predicted_without_liger_which_it_does_not_use(monkeypatch: pytest.MonkeyPatch) -> None:
+    import finetune.baichuan.kernels as kernels
+    from rlhf.ppo.recipe import PPORecipe
+    from rlhf.ppo.stage import predict_memory as of_ppo
+
+    made = PPORecipe(
+        **{"name": "x", "stage": "ppo", "model": {"base": "b"}, "data": {"train": "t"}},  # type: ignore[arg-type]
+        ppo={"reward": "a:b"},  # type: ignore[arg-type]
+    )
+    found = []
+    for installed in (None, object()):
+        monkeypatch.setattr(kernels, "find_spec", lambda _, installed=installed: installed)
+        found.append(of_ppo(made, CONFIG_7B, 0, longest=2000, device_type="cuda"))
+    assert found[0] == found[1]
+
+
 def test_weights_of_the_7b_model() -> None:
     """7.5 billion parameters: 14.0 GiB in bfloat16; the quantised layers a good quarter of theirs in nf4."""
     parts = predict_memory(recipe(), CONFIG_7B, 0, device_type="cuda").parts
@@ -66,6 +161,9 @@ def test_weights_of_the_7b_model() -> None:
     embeddings = 2 * 125_696 * 4096 * 2
     assert nf4["weights"] - embeddings == pytest.approx((parts["weights"] - embeddings) * 0.258, rel=0.01)
     assert parts["optimizer"] == parts["gradients"] == parts["adapter"] == 0
+    int8 = recipe(model={"base": "b", "quantization": "nf4", "embeddings": "int8"})
+    held = predict_memory(int8, CONFIG_7B, 0, device_type="cuda").parts["weights"]
+    assert nf4["weights"] - held == 2 * 125_696 * (4096 - 4)
 
 
 def test_qlora_of_the_7b_model_fits_a_24_gb_card_and_the_whole_13b_does_not() -> None:
@@ -89,7 +187,7 @@ def test_suggestions_fit_what_they_promise() -> None:
         for override in text.partition(" (")[0].split():
             key, _, value = override.partition("=")
             section, _, name = key.partition(".")
-            parsed = int(value) if value.isdigit() else {"true": True, "nf4": "nf4"}[value]
+            parsed = int(value) if value.isdigit() else True if value == "true" else value
             changes.setdefault(section, {"model": {"base": "b"}, "data": {"train": "t"}}.get(section, {}))[
                 name
             ] = parsed
@@ -99,6 +197,37 @@ def test_suggestions_fit_what_they_promise() -> None:
     assert "batch_size=1" in everything
     assert "nf4" in everything
     assert suggestions(made, CONFIG_13B, LORA_64, 4 * GIB) == []  # nothing that would not fit either
+
+
+def test_suggestions_count_both_rows_of_a_pair() -> None:
+    """DPO has two rows for each one of the batch size."""
+    made = recipe(train={"batch_size": 2}, data={"train": "t", "max_length": 4096})
+    one_pair = recipe(train={"batch_size": 1}, data={"train": "t", "max_length": 4096})
+    fits = predict_memory(one_pair, CONFIG_7B, LORA_64, device_type="cuda", sequences=2).total
+
+    def smaller_batch(budget: int) -> bool:
+        found = suggestions(made, CONFIG_7B, LORA_64, budget, sequences=2)
+        return any(text.startswith("train.batch_size=1 train.gradient_accumulation=8 (") for text in found)
+
+    assert smaller_batch(fits)
+    assert not smaller_batch(fits - 1)
+
+
+def test_suggestions_can_be_followed() -> None:
+    """Nothing is suggested that the rest of the recipe refuses."""
+    quantised = recipe(model={"base": "b", "quantization": "nf4"}, train={"batch_size": 1})
+    tight = predict_memory(quantised, CONFIG_7B, LORA_64, device_type="cuda").total - GIB // 2
+    named = [text.partition(" (")[0] for text in suggestions(quantised, CONFIG_7B, LORA_64, tight)]
+    assert named == ["model.embeddings=int8"]
+    prefix = recipe(
+        adapter={"method": "prefix"},
+        data={"train": "t", "packing": False, "max_length": 1024},
+        train={"batch_size": 1},
+    )
+    listed = " ".join(suggestions(prefix, CONFIG_7B, 0, 12 * GIB))
+    assert "model.quantization=nf4" in listed
+    assert "checkpointing" not in listed
+    assert "embeddings" not in listed
 
 
 # --- counting -----------------------------------------------------------------------------------------------

@@ -11,7 +11,7 @@ from tiny_run import finetune, metrics, write_recipe
 
 from finetune.baichuan.catalog import known_config
 from finetune.errors import UserError
-from finetune.recipe.schema import AUTO, Train
+from finetune.recipe.train_section import AUTO, Train
 from finetune.train.devices import GIB, Device, parse_device
 from finetune.train.planning import HEADROOM, Plan, with_batch_size
 from finetune.train.speed import seconds_per_step, step_flops
@@ -25,7 +25,15 @@ def test_devices_by_name_and_by_size(text: str, gib: float) -> None:
 
 
 @pytest.mark.parametrize(
-    ("text", "hint"), [("rtx4080", "RTX 4090"), ("", "A100"), ("0GiB", "A100"), ("many", "A100")]
+    ("text", "hint"),
+    [
+        ("rtx4080", "RTX 4090"),
+        ("", "A100"),
+        ("0GiB", "A100"),
+        ("many", "A100"),
+        ("24", "did you mean 24GiB?"),
+        ("22.5", "did you mean 22.5GiB?"),
+    ],
 )
 def test_unknown_devices_are_refused(text: str, hint: str) -> None:
     with pytest.raises(UserError, match="--device: found") as caught:
@@ -94,6 +102,15 @@ def test_flops_of_a_step() -> None:
     assert more - found == pytest.approx(10 * (2 * body + 2 * adapter + 2 * 32 * 4096 * 100))
 
 
+def test_what_is_kept_is_not_computed_again() -> None:
+    def flops(keep: bool | str) -> float:
+        made = recipe(train={"gradient_checkpointing": keep})
+        return step_flops(made, CONFIG_7B, tokens=1.0, document=4096.0, supervised=0.5)
+
+    assert flops(True) - flops("attention") == pytest.approx(2 * 32 * 4096 * 4096)
+    assert flops("matmul") - flops(False) == pytest.approx(2 * LORA_64)
+
+
 def test_seconds_follow_the_card() -> None:
     made = recipe(model={"base": "b", "quantization": "nf4"})
     slow, fast = (seconds_per_step(1e15, made, parse_device(name)) for name in ("RTX 3090", "H100"))
@@ -122,11 +139,11 @@ def test_check_plans_for_a_card_without_base_and_gpu(tmp_path: Path) -> None:
         "check", "recipes/qlora_medical_13b.yaml", "--device", "24GiB", f"output_dir={tmp_path / 'x'}"
     )
     assert "baichuan2-13b-chat is not here: planned by its shapes" in output
-    assert "fits 24GiB: 9." in output
+    assert "fits 24GiB: 10." in output
     assert "what fits it: data.max_length up to" in output
     assert not (tmp_path / "x").exists()
-    output = finetune("check", "recipes/qlora_medical_13b.yaml", "--device", "14.9GiB")
-    assert "does not fit 14.9GiB" in output
+    output = finetune("check", "recipes/qlora_medical_13b.yaml", "--device", "14.2GiB")
+    assert "does not fit 14.2GiB" in output
     assert "try " in output
     output = finetune("check", "recipes/qlora_medical_13b.yaml", "--device", "4GiB", expect=2)
     assert "use a smaller base or a GPU with more memory" in output
