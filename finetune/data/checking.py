@@ -54,10 +54,7 @@ def _check_order(turn: int, role: Any, previous: str | None) -> None:
 def _check_content(where: str, content: Any) -> None:
     if content is None:
         raise RowError(f"{where}: the content is null")
-    if not isinstance(content, str):
-        raise RowError(f"{where}: the content is {kind_of(content)}, expected a string")
-    if not content.strip():
-        raise RowError(f"{where}: the content is empty")
+    _check_string(f"{where}: the content", content)
     check_encodable(content, where)
 
 
@@ -69,11 +66,15 @@ def check_text(text: Any, column: str = "text") -> None:
     """
     if text is None:
         raise RowError(f"column '{column}' is missing or null")
-    if not isinstance(text, str):
-        raise RowError(f"column '{column}' is {kind_of(text)}, expected a string")
-    if not text.strip():
-        raise RowError(f"column '{column}' is empty")
+    _check_string(f"column '{column}'", text)
     check_encodable(text, f"column '{column}'")
+
+
+def _check_string(name: str, value: Any) -> None:
+    if not isinstance(value, str):
+        raise RowError(f"{name} is {kind_of(value)}, expected a string")
+    if not value.strip():
+        raise RowError(f"{name} is empty")
 
 
 def check_encodable(text: str, where: str) -> None:

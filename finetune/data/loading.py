@@ -5,18 +5,21 @@ No tokenizer is needed yet, so that broken data is found within seconds.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from itertools import islice
-from typing import Protocol
+from typing import Any, Protocol, TypeVar
 
 from finetune.data.encoding import CONVERT_HINT
 from finetune.data.formats import Layout, detect
-from finetune.data.records import BadRow, Record, Row, RowError
+from finetune.data.read_file import ReadFile
+from finetune.data.records import BadRow, Record, Row
 from finetune.data.sources import open_source
 from finetune.errors import UserError
+from finetune.words import plural
 
 SHOWN_BAD_ROWS = 10
+File = TypeVar("File", bound=ReadFile[Any])
 
 
 class SourceLike(Protocol):
@@ -35,44 +38,23 @@ class SourceLike(Protocol):
         """Layout of its rows, or "auto"."""
 
 
-class FileLike(Protocol):
-    """A file that was read, as far as it is judged here."""
-
-    @property
-    def name(self) -> str:
-        """The file as messages call it."""
-
-    @property
-    def bad_rows(self) -> list[BadRow]:
-        """Rows that cannot be used."""
-
-    @property
-    def kept(self) -> int:
-        """Number of rows that can."""
-
-
 @dataclass
-class LoadedFile:
-    """One file's records, and what was found wrong in it.
+class LoadedFile(ReadFile[Record]):
+    """One file's records.
 
     Attributes:
-        name: the file as messages call it.
-        weight: how often each of its rows is seen in an epoch.
         layout: as recognised; None where not a single row could be read.
-        rows: rows read, good and bad.
     """
 
-    name: str
-    weight: float
-    layout: Layout | None
-    rows: int
-    records: list[Record]
-    bad_rows: list[BadRow] = field(default_factory=list)
+    layout: Layout | None = None
 
     @property
-    def kept(self) -> int:
-        """Rows that can be used."""
-        return self.rows - len(self.bad_rows)
+    def records(self) -> list[Record]:
+        """Those that can be used; with data.sampling, those of them that it took."""
+        return self.items
+
+    def prompt_of(self, item: Record) -> str:
+        return item.prompt or ""
 
 
 def load_source(
@@ -81,6 +63,7 @@ def load_source(
     stage: str,
     system: str | None = None,
     max_rows: int | None = None,
+    column: str | None = None,
     resolve: Callable[[str], str] = str,
 ) -> list[LoadedFile]:
     """Read and check one source.
@@ -90,38 +73,65 @@ def load_source(
         stage: "sft" or "pretrain".
         system: system message for conversations that bring none.
         max_rows: read only so many rows of the source; None is all.
+        column: holds the rows' categories; None where nobody asks for them.
         resolve: where a path of the recipe points on this machine.
 
     Raises:
         UserError: a file is missing, unreadable as a whole, or of no known layout.
     """
-    loaded: list[LoadedFile] = []
+
+    def check(rows: Sequence[Row | BadRow], name: str) -> LoadedFile:
+        readable = [row for row in rows if isinstance(row, Row)]
+        expected = source.format or "auto"
+        layout = detect(readable, stage=stage, name=name, expected=expected) if readable else None
+        file = LoadedFile(name, source.weight, len(rows), layout=layout)
+
+        def to_record(row: Row) -> Record:
+            assert layout is not None  # there is a row that could be read
+            return layout.to_record(row, system=system)
+
+        file.take(rows, to_record, column)
+        return file
+
+    return read_files(source, check, max_rows=max_rows, resolve=resolve)
+
+
+def read_files(
+    source: SourceLike,
+    check: Callable[[Sequence[Row | BadRow], str], File],
+    *,
+    max_rows: int | None,
+    resolve: Callable[[str], str],
+) -> list[File]:
+    """The files of one source, in order, as `load_source`.
+
+    Args:
+        check: makes a file of its rows and its name.
+    """
+    loaded: list[File] = []
     for name, read in open_source(source.path, resolve):
         left = None if max_rows is None else max_rows - sum(file.rows for file in loaded)
         if left == 0:
             break
-        rows = list(islice(read(), left))
-        loaded.append(_check_rows(rows, name, source, stage=stage, system=system))
+        loaded.append(check(list(islice(read(), left)), name))
     return loaded
 
 
-def _check_rows(
-    rows: Sequence[Row | BadRow], name: str, source: SourceLike, *, stage: str, system: str | None
-) -> LoadedFile:
-    readable = [row for row in rows if isinstance(row, Row)]
-    expected = source.format or "auto"
-    layout = detect(readable, stage=stage, name=name, expected=expected) if readable else None
-    file = LoadedFile(name, source.weight, layout, len(rows), [])
-    for row in rows:
-        if isinstance(row, BadRow):
-            file.bad_rows.append(row)
-            continue
-        assert layout is not None  # there is a row that could be read
-        try:
-            file.records.append(layout.to_record(row, system=system))
-        except RowError as error:
-            file.bad_rows.append(BadRow(row.location, str(error)))
-    return file
+def judge_files(files: Mapping[str, Sequence[ReadFile[Any]]], *, on_bad_rows: str) -> None:
+    """Stop at bad rows, unless they are to be skipped, and where no row is left.
+
+    Args:
+        files: of each split.
+        on_bad_rows: "stop" or "skip".
+
+    Raises:
+        UserError: as `refuse_bad_rows`; or a split has files, and not a row that can be used.
+    """
+    every = [file for members in files.values() for file in members]
+    if on_bad_rows == "stop":
+        refuse_bad_rows([row for file in every for row in file.bad_rows], sum(file.rows for file in every))
+    for split, members in files.items():
+        _refuse_empty(members, split=split)
 
 
 def refuse_bad_rows(bad_rows: Sequence[BadRow], rows: int) -> None:
@@ -134,19 +144,14 @@ def refuse_bad_rows(bad_rows: Sequence[BadRow], rows: int) -> None:
         return
     undecodable = sum("not UTF-8" in row.reason for row in bad_rows)
     raise UserError(
-        f"{len(bad_rows):,} of {rows:,} data rows cannot be used:{_listed(bad_rows)}",
+        f"{len(bad_rows):,} of {plural(rows, 'data row')} cannot be used:{_listed(bad_rows)}",
         hint=CONVERT_HINT
         if 2 * undecodable > len(bad_rows)
         else "mend these rows, or leave them out with data.on_bad_rows=skip",
     )
 
 
-def refuse_empty(files: Sequence[FileLike], *, split: str) -> None:
-    """Stop where files were named and no row of them is left.
-
-    Raises:
-        UserError: names the files and the first bad rows.
-    """
+def _refuse_empty(files: Sequence[ReadFile[Any]], *, split: str) -> None:
     if not files or any(file.kept for file in files):
         return
     names = ", ".join(file.name for file in files)
@@ -154,7 +159,7 @@ def refuse_empty(files: Sequence[FileLike], *, split: str) -> None:
     if not bad_rows:
         raise UserError(f"data.{split}: no rows in {names}", hint="a data set holds at least one row")
     raise UserError(
-        f"data.{split}: none of the {len(bad_rows):,} rows in {names} can be used:{_listed(bad_rows)}",
+        f"data.{split}: none of {plural(len(bad_rows), 'row')} in {names} can be used:{_listed(bad_rows)}",
         hint="mend these rows",
     )
 

@@ -9,12 +9,13 @@ from typing import TYPE_CHECKING, Any, Protocol
 import numpy as np
 
 from finetune.data.cache import TokenCache
-from finetune.data.loading import LoadedFile, SourceLike, load_source, refuse_bad_rows, refuse_empty
+from finetune.data.loading import LoadedFile, SourceLike, judge_files, load_source
 from finetune.data.mixing import held_out_digests, shuffled, weighted_indices
 from finetune.data.oddities import oddities
 from finetune.data.packing import pack_documents, packing_statistics
 from finetune.data.records import Record
 from finetune.data.report import DataReport, FileReport, SplitReport
+from finetune.data.sampling import SamplingReport, SamplingSettings, sample_files
 from finetune.data.tokenised_source import TokenisedSource, statistics_of
 from finetune.data.tokenize import tokenize
 from finetune.errors import UserError
@@ -36,6 +37,7 @@ class DataSettings(Protocol):
     on_bad_rows: Any
     system: str | None
     max_rows: int | None
+    sampling: Any
     workers: int | None
 
     def train_sources(self) -> Sequence[SourceLike]:
@@ -101,13 +103,15 @@ def prepare(
             stop, or nothing is left.
     """
 
-    loaded = read(config, stage=stage, resolve=resolve)  # refuses bad rows before the slow part
+    loaded, sampling = read(
+        config, stage=stage, seed=seed, resolve=resolve
+    )  # refuses bad rows before the slow part
     files = {split: [file for source in sources for file in source] for split, sources in loaded.items()}
     train_sources, validation_sources = (
         [_tokenise(source, tokenizer, config, cache) for source in loaded[split]]
         for split in ("train", "validation")
     )
-    _judge(files, config)  # now with the rows in which nothing is left to learn
+    judge_files(files, on_bad_rows=config.on_bad_rows)  # now with the rows in which nothing is left to learn
     if config.validation_share > 0:
         _hold_out(train_sources, config.validation_share)
     for source in validation_sources:
@@ -132,42 +136,46 @@ def prepare(
         train=train_report,
         validation=validation_report,
         odd_rows=[row for members in files.values() for file in members for row in oddities(file.records)],
+        sampling=sampling,
         **_overlap(train, held_out),
     )
     return PreparedData(train_set, validation_set, held_out, report)
 
 
 def read(
-    config: DataSettings, *, stage: str, resolve: Callable[[str], str] = str
-) -> dict[str, list[list[LoadedFile]]]:
+    config: DataSettings, *, stage: str, seed: int, resolve: Callable[[str], str] = str
+) -> tuple[dict[str, list[list[LoadedFile]]], SamplingReport | None]:
     """The part of `prepare` that needs no tokenizer.
 
     Returns:
-        Of "train" and "validation", the files of each source.
+        Of "train" and "validation", the files of each source; and what data.sampling did, if it is set.
 
     Raises:
         UserError: as `prepare`.
     """
 
-    def load(sources: Sequence[SourceLike]) -> list[list[LoadedFile]]:
+    settings: SamplingSettings | None = config.sampling
+
+    def load(sources: Sequence[SourceLike], column: str | None = None) -> list[list[LoadedFile]]:
         return [
-            load_source(source, stage=stage, system=config.system, max_rows=config.max_rows, resolve=resolve)
+            load_source(
+                source,
+                stage=stage,
+                system=config.system,
+                max_rows=config.max_rows,
+                column=column,
+                resolve=resolve,
+            )
             for source in sources
         ]
 
-    loaded = {"train": load(config.train_sources()), "validation": load(config.validation_sources())}
-    _judge(
-        {split: [file for source in sources for file in source] for split, sources in loaded.items()}, config
-    )
-    return loaded
-
-
-def _judge(files: dict[str, list[LoadedFile]], config: DataSettings) -> None:
-    every = [file for members in files.values() for file in members]
-    if config.on_bad_rows == "stop":
-        refuse_bad_rows([row for file in every for row in file.bad_rows], sum(file.rows for file in every))
-    for split, members in files.items():
-        refuse_empty(members, split=split)
+    loaded = {
+        "train": load(config.train_sources(), settings.column if settings else None),
+        "validation": load(config.validation_sources()),
+    }
+    files = {split: [file for source in sources for file in source] for split, sources in loaded.items()}
+    judge_files(files, on_bad_rows=config.on_bad_rows)
+    return loaded, sample_files(files["train"], settings, seed=seed, resolve=resolve)
 
 
 def _tokenise(
@@ -240,6 +248,7 @@ def _file_reports(split: str, sources: Sequence[TokenisedSource]) -> list[FileRe
                     weight=source.weight,
                     rows=file.rows,
                     kept=file.kept,
+                    sampled=file.sampled,
                     bad=len(file.bad_rows),
                     duplicates=len(digests) - (len(seen) - before),
                     held_out=int(source.held_out[chosen].sum()) if split == "train" else 0,

@@ -7,7 +7,9 @@ from typing import Any
 
 from finetune.data.packing import PackingStatistics
 from finetune.data.records import BadRow
+from finetune.data.sampling import SamplingReport
 from finetune.data.statistics import LengthStatistics
+from finetune.words import are, plural
 
 TRUNCATED_SHARE = 0.01
 """From this share of cut conversations on there is a warning."""
@@ -29,6 +31,8 @@ class FileReport:
         duplicates: kept rows whose content stood in an earlier row of this split; they are kept.
         held_out: kept rows moved to the validation set by data.validation_share.
         tokens: of the kept rows.
+        sampled: kept rows that data.sampling took, which duplicates, held_out and tokens then count; None
+            without sampling.
     """
 
     file: str
@@ -42,6 +46,7 @@ class FileReport:
     duplicates: int
     held_out: int
     tokens: LengthStatistics
+    sampled: int | None = None
 
 
 @dataclass(frozen=True)
@@ -74,6 +79,7 @@ class DataReport:
         leaked: validation rows whose content is also trained on.
         shared_prompts: validation conversations whose first question is also trained on, leaked ones
             included.
+        sampling: what data.sampling did; None without it.
     """
 
     stage: str
@@ -85,38 +91,48 @@ class DataReport:
     leaked: int = 0
     shared_prompts: int = 0
     odd_rows: list[BadRow] = field(default_factory=list)
+    sampling: SamplingReport | None = None
 
     @property
     def warnings(self) -> list[str]:
         """What the user should know before the numbers are believed, as sentences."""
         found = []
-        if self.bad_rows:
-            rows = sum(file.rows for file in self.files)
-            found.append(f"{len(self.bad_rows):,} of {rows:,} data rows cannot be used and are left out")
-        if self.odd_rows:
-            found.append(
-                f"{len(self.odd_rows):,} data rows look odd and are kept: look at them before you trust the data"
-            )
-        cut = self.train.tokens
-        if cut.truncated_share > TRUNCATED_SHARE:
-            found.append(
-                f"{cut.truncated_share:.1%} of the training conversations are cut to data.max_length "
-                f"{self.max_length} (the longest has {cut.max:,} tokens)"
-            )
+        found += self.rows_left_out()
+        if odd := len(self.odd_rows):
+            found.append(f"{plural(odd, 'odd data row')} {are(odd)} kept: look before you trust the data")
+        found += self.sampling.warnings() if self.sampling else []
+        found += self.conversations_cut()
         held_out = sum(file.held_out or file.kept * (file.split == "validation") for file in self.files)
         if self.leaked:
             found.append(
-                f"{self.leaked:,} of {held_out:,} validation rows are also trained on: "
+                f"{self.leaked:,} of {plural(held_out, 'validation row')} {are(self.leaked)} also trained on: "
                 "the validation loss will look better than it is"
             )
         elif self.shared_prompts:
             found.append(
-                f"{self.shared_prompts:,} of {held_out:,} validation conversations begin with a question "
-                "that is also trained on"
+                f"{self.shared_prompts:,} of {plural(held_out, 'validation conversation')} "
+                f"{'begins' if self.shared_prompts == 1 else 'begin'} with a question that is also trained on"
             )
         if any(file.split == "validation" and file.weight != 1 for file in self.files):
             found.append("weights in data.validation have no effect")
         return found
+
+    def rows_left_out(self) -> list[str]:
+        """The warning that rows cannot be used, where there are any."""
+        bad, rows = len(self.bad_rows), sum(file.rows for file in self.files)
+        if not bad:
+            return []
+        return [f"{bad:,} of {plural(rows, 'data row')} cannot be used and {are(bad)} left out"]
+
+    def conversations_cut(self) -> list[str]:
+        """The warning that training conversations are cut, where it is more than a few."""
+        cut = self.train.tokens
+        if cut.truncated_share <= TRUNCATED_SHARE:
+            return []
+        return [
+            f"{cut.truncated_share:.1%} of the training conversations are cut to data.max_length "
+            f"{self.max_length} (the longest has {cut.max:,} tokens)"
+        ]
 
     def as_dict(self) -> dict[str, Any]:
         """For JSON: plain dictionaries, lists, strings and numbers."""
@@ -131,6 +147,7 @@ class DataReport:
             "leaked": self.leaked,
             "shared_prompts": self.shared_prompts,
             "warnings": self.warnings,
+            **({"sampling": self.sampling.as_dict()} if self.sampling else {}),
         }
 
 

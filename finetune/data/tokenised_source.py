@@ -12,6 +12,7 @@ from finetune.data.loading import LoadedFile
 from finetune.data.packing import list_lengths
 from finetune.data.records import BadRow, Record
 from finetune.data.statistics import LengthStatistics, length_statistics
+from finetune.words import plural
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -52,7 +53,7 @@ class TokenisedSource:
             record = self.records[index]
             reason = (
                 f"nothing to learn: the first {self.max_length} (data.max_length) of its "
-                f"{self._length[index]} tokens hold no token of an answer"
+                f"{plural(int(self._length[index]), 'token')} hold none of an answer"
             )
             file_of[id(record)].bad_rows.append(BadRow(record.location, reason))
 

@@ -34,6 +34,7 @@ from finetune.data.cache import TokenCache
 from finetune.data.progress import Advance, progress_bar
 from finetune.data.records import Record
 from finetune.errors import UserError
+from finetune.words import plural
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -127,7 +128,7 @@ def encode_text(tokenizer: PreTrainedTokenizerBase, text: str, *, max_length: in
     room = max_length - len(virtual)
     if room < 2:
         raise UserError(
-            f"data.max_length: {max_length} leaves no room for text beside {len(virtual)} virtual tokens",
+            f"data.max_length: {max_length} leaves no room for text beside {plural(len(virtual), 'virtual token')}",
             hint=f"raise it to {len(virtual) + 64} or more",
         )
     ids = [token for block in _blocks(text) for token in encode_content(tokenizer, block)]

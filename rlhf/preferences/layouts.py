@@ -23,6 +23,7 @@ from typing import Any
 from finetune.data.checking import check_messages, check_text
 from finetune.data.formats import history_of, list_in, string_in, system_of, to_message, turns_in
 from finetune.data.records import Location, Message, Row, RowError, kind_of
+from finetune.words import plural
 
 TURN_COLUMNS = ("messages", "conversations", "conversation", "prompt")
 TEXT_COLUMNS = ("prompt", "instruction", "question", "query", "问题")
@@ -142,7 +143,7 @@ def _prompt(columns: Mapping[str, Any]) -> list[Message]:
 def _ranked(columns: Mapping[str, Any]) -> list[Response]:
     entries = list_in(columns, "responses")
     if len(entries) < 2:
-        raise RowError(f"{len(entries)} responses, expected at least 2 to compare")
+        raise RowError(f"{plural(len(entries), 'response')}, expected at least 2 to compare")
     kinds = {key for entry in entries if isinstance(entry, dict) for key in ("rank", "score") if key in entry}
     if len(kinds) != 1:
         found = "both" if kinds else "neither"

@@ -4,38 +4,32 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
-from itertools import islice
+from dataclasses import dataclass
 
-from finetune.data.loading import SourceLike
-from finetune.data.records import BadRow, Row, RowError
-from finetune.data.sources import open_source
+from finetune.data.loading import SourceLike, read_files
+from finetune.data.read_file import ReadFile
+from finetune.data.records import BadRow, Row
 from finetune.errors import UserError
 from rlhf.preferences.layouts import Preference, layout_of, to_preference
 
 
 @dataclass
-class PreferenceFile:
-    """One file's preferences, and what was found wrong in it.
+class PreferenceFile(ReadFile[Preference]):
+    """One file's preferences.
 
     Attributes:
-        name: the file as messages call it.
-        weight: how often each of its rows is seen in an epoch.
         layout: that of most rows; None where not a single row could be read.
-        rows: rows read, good and bad.
     """
 
-    name: str
-    weight: float
-    layout: str | None
-    rows: int
-    preferences: list[Preference]
-    bad_rows: list[BadRow] = field(default_factory=list)
+    layout: str | None = None
 
     @property
-    def kept(self) -> int:
-        """Rows that can be used."""
-        return self.rows - len(self.bad_rows)
+    def preferences(self) -> list[Preference]:
+        """Those that can be used; with data.sampling, those of them that it took."""
+        return self.items
+
+    def prompt_of(self, item: Preference) -> str:
+        return next(turn["content"] for turn in item.prompt if turn["role"] == "user")
 
 
 def load_source(
@@ -43,6 +37,7 @@ def load_source(
     *,
     system: str | None = None,
     max_rows: int | None = None,
+    column: str | None = None,
     resolve: Callable[[str], str] = str,
 ) -> list[PreferenceFile]:
     """Read and check one source.
@@ -51,36 +46,24 @@ def load_source(
         source: path and weight.
         system: system message for prompts that bring none.
         max_rows: read only so many rows of the source; None is all.
+        column: holds the rows' categories; None where nobody asks for them.
         resolve: where a path of the recipe points on this machine.
 
     Raises:
         UserError: a file is missing, unreadable as a whole, or holds no preferences at all.
     """
-    loaded: list[PreferenceFile] = []
-    for name, read in open_source(source.path, resolve):
-        left = None if max_rows is None else max_rows - sum(file.rows for file in loaded)
-        if left == 0:
-            break
-        loaded.append(_check_rows(list(islice(read(), left)), name, source.weight, system))
-    return loaded
 
+    def check(rows: Sequence[Row | BadRow], name: str) -> PreferenceFile:
+        layouts = Counter(layout_of(row.columns) for row in rows if isinstance(row, Row))
+        if layouts and set(layouts) == {None}:
+            raise _no_preferences([row for row in rows if isinstance(row, Row)], name)
+        del layouts[None]
+        layout = layouts.most_common(1)[0][0] if layouts else None
+        file = PreferenceFile(name, source.weight, len(rows), layout=layout)
+        file.take(rows, lambda row: to_preference(row, system=system), column)
+        return file
 
-def _check_rows(rows: Sequence[Row | BadRow], name: str, weight: float, system: str | None) -> PreferenceFile:
-    layouts = Counter(layout_of(row.columns) for row in rows if isinstance(row, Row))
-    if layouts and set(layouts) == {None}:
-        raise _no_preferences([row for row in rows if isinstance(row, Row)], name)
-    del layouts[None]
-    layout = layouts.most_common(1)[0][0] if layouts else None
-    file = PreferenceFile(name, weight, layout, len(rows), [])
-    for row in rows:
-        if isinstance(row, BadRow):
-            file.bad_rows.append(row)
-            continue
-        try:
-            file.preferences.append(to_preference(row, system=system))
-        except RowError as error:
-            file.bad_rows.append(BadRow(row.location, str(error)))
-    return file
+    return read_files(source, check, max_rows=max_rows, resolve=resolve)
 
 
 def _no_preferences(rows: Sequence[Row], name: str) -> UserError:

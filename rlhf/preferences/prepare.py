@@ -10,10 +10,11 @@ import numpy as np
 
 from finetune.baichuan.chat import role_ids
 from finetune.data.cache import TokenCache
-from finetune.data.loading import refuse_bad_rows, refuse_empty
+from finetune.data.loading import judge_files
 from finetune.data.mixing import held_out_digests, shuffled, weighted_indices
 from finetune.data.records import BadRow, Record
 from finetune.data.report import FileReport, SplitReport
+from finetune.data.sampling import sample_files
 from finetune.data.statistics import LengthStatistics, length_statistics
 from finetune.data.tokenize import tokenize
 from finetune.errors import UserError
@@ -133,20 +134,28 @@ def prepare_preferences(
             stop, or nothing is left.
     """
     sources = {"train": config.train_sources(), "validation": config.validation_sources()}
+    column = {"train": config.sampling.column if config.sampling else None}
     loaded = {
         split: [
-            load_source(source, system=config.system, max_rows=config.max_rows, resolve=resolve)
+            load_source(
+                source,
+                system=config.system,
+                max_rows=config.max_rows,
+                column=column.get(split),
+                resolve=resolve,
+            )
             for source in entries
         ]
         for split, entries in sources.items()
     }
     files = {split: [file for each in groups for file in each] for split, groups in loaded.items()}
-    _judge(files, config)  # before the slow part
+    judge_files(files, on_bad_rows=config.on_bad_rows)  # before the slow part
+    sampling = sample_files(files["train"], config.sampling, seed=seed, resolve=resolve)
     tokens = {
         split: [_tokenise(each, tokenizer, config, cache) for each in groups]
         for split, groups in loaded.items()
     }
-    _judge(files, config)  # now with those of which too little is left
+    judge_files(files, on_bad_rows=config.on_bad_rows)  # now with those of which too little is left
 
     held_out = _held_out(tokens["train"], config.validation_share)
     train, validation = [], []
@@ -174,6 +183,7 @@ def prepare_preferences(
         validation=SplitReport(len(validation), _statistics([t for _, t in validation]), None)
         if validation
         else None,
+        sampling=sampling,
         cut_prompts=sum(tokens.prompt_cut for _, tokens in train),
         shared_prompts=sum(preference.prompt_digest in prompts for preference, _ in validation),
         counts={
@@ -185,14 +195,6 @@ def prepare_preferences(
     return PreparedPreferences(
         PreferenceSet(train), PreferenceSet(validation) if validation else None, report
     )
-
-
-def _judge(files: dict[str, list[PreferenceFile]], config: PreferenceData) -> None:
-    every = files["train"] + files["validation"]
-    if config.on_bad_rows == "stop":
-        refuse_bad_rows([row for file in every for row in file.bad_rows], sum(file.rows for file in every))
-    for split, members in files.items():
-        refuse_empty(members, split=split)
 
 
 def _tokenise(
@@ -225,7 +227,7 @@ def _tokenise(
             else:
                 kept.append(preference)
                 items.append((preference, tokens))
-        file.preferences = kept
+        file.items = kept
     return items
 
 
@@ -265,6 +267,7 @@ def _file_reports(
                 weight=file.weight,
                 rows=file.rows,
                 kept=file.kept,
+                sampled=file.sampled,
                 bad=len(file.bad_rows),
                 duplicates=len(file.preferences) - (len(seen) - before),
                 held_out=in_held_out if split == "train" else 0,

@@ -7,7 +7,8 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from finetune.data.report import TRUNCATED_SHARE, DataReport
+from finetune.data.report import DataReport
+from finetune.words import are, plural
 from rlhf.preferences.layouts import Preference
 
 
@@ -79,37 +80,28 @@ class PreferenceReport(DataReport):
     @property
     def warnings(self) -> list[str]:
         """What the user should know before the numbers are believed, as sentences."""
-        found = []
-        if self.bad_rows:
-            rows = sum(file.rows for file in self.files)
-            found.append(f"{len(self.bad_rows):,} of {rows:,} data rows cannot be used and are left out")
-        cut = self.train.tokens
-        if cut.truncated_share > TRUNCATED_SHARE:
+        found = [*self.rows_left_out(), *self.conversations_cut()]
+        found += self.sampling.warnings() if self.sampling else []
+        train = self.counts["train"]
+        if cut := self.cut_prompts:
             found.append(
-                f"{cut.truncated_share:.1%} of the training conversations are cut to data.max_length "
-                f"{self.max_length} (the longest has {cut.max:,} tokens)"
-            )
-        if self.cut_prompts:
-            found.append(
-                f"{self.cut_prompts:,} of {self.counts['train'].prompts:,} training prompts are cut on the left "
+                f"{cut:,} of {plural(train.prompts, 'training prompt')} {are(cut)} cut on the left "
                 f"(data.max_length {self.max_length})"
             )
-        if self.shared_prompts:
+        if shared := self.shared_prompts:
+            held_out = plural(self.counts["validation"].prompts, "held-out prompt")
             found.append(
-                f"{self.shared_prompts:,} of {self.counts['validation'].prompts:,} held-out prompts are also "
-                "trained on: the accuracy will look better than it is"
+                f"{shared:,} of {held_out} {are(shared)} also trained on: the accuracy will look better than it is"
             )
-        train = self.counts["train"]
-        if train.ties:
-            found.append(
-                f"{train.ties:,} of {train.ties + train.pairs:,} training pairs are ties: nothing is learned "
-                "from them"
-            )
+        if ties := train.ties:
+            pairs = plural(ties + train.pairs, "training pair")
+            found.append(f"{ties:,} of {pairs} {are(ties)} tied: nothing is learned there")
         if train.other_families:
             total = sum(train.other_families.values())
             names = ", ".join(f"{name} {number:,}" for name, number in list(train.other_families.items())[:4])
             found.append(
-                f"{total:,} of {train.responses:,} training responses are by models of other families ({names}); "
+                f"{total:,} of {plural(train.responses, 'training response')} {are(total)} by models of other "
+                f"families ({names}); "
                 "for Baichuan 2's reward model such responses did not help (data.families names the own ones)"
             )
         return found

@@ -2,23 +2,24 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from finetune.cli_options import AdapterFolder, command_group, with_options
+
 if TYPE_CHECKING:
     from rlhf.taxonomy.classifier import Prediction
     from rlhf.taxonomy.reading import PromptFile
     from rlhf.taxonomy.tree import Taxonomy
 
-app = typer.Typer(
-    name="taxonomy",
-    help="What prompts ask: the three-tier taxonomy, coverage of data, balanced samples.",
+app = command_group(
+    "taxonomy",
+    "What prompts ask: the three-tier taxonomy, coverage of data, balanced samples.",
     no_args_is_help=True,
-    add_completion=False,
-    rich_markup_mode=None,
 )
 
 
@@ -44,7 +45,20 @@ Threshold = Annotated[
 ModelOption = Annotated[
     str | None, typer.Option(metavar="M", help="Let this language model choose among the names instead.")
 ]
-Adapter = Annotated[Path | None, typer.Option(metavar="DIR", help="Adapter to put on the model.")]
+
+
+@dataclass(frozen=True)
+class Classification:
+    """How prompts are classified: by the classifier, or by a language model where one is named."""
+
+    overlay: Overlays = None
+    labelled: Labelled = None
+    threshold: Threshold = 0.4
+    model: ModelOption = None
+    adapter: AdapterFolder = None
+
+
+classifying = with_options(Classification, "how")
 
 
 @app.command()
@@ -56,21 +70,19 @@ def stats(overlay: Overlays = None) -> None:
 
 
 @app.command()
+@classifying
 def classify(
     file: File,
     output: Annotated[
         Path | None, typer.Option(metavar="JSONL", help="Write prompt and category of each row here.")
     ] = None,
-    overlay: Overlays = None,
-    labelled: Labelled = None,
-    threshold: Threshold = 0.4,
-    model: ModelOption = None,
-    adapter: Adapter = None,
+    *,
+    how: Classification,
 ) -> None:
     """Find the category of each prompt."""
     from rlhf.taxonomy.commands import show_classes, write_classes
 
-    found, taxonomy, predictions = _classified(file, overlay, labelled, threshold, model, adapter)
+    found, taxonomy, predictions = _classified(file, how)
     if output:
         write_classes(output, found, predictions)
     show_classes(found, predictions, taxonomy)
@@ -79,24 +91,23 @@ def classify(
 
 
 @app.command()
+@classifying
 def evaluate(
     file: Annotated[
         Path | None,
         typer.Argument(metavar="[FILE]", help="Labelled prompts; the shipped held-out set by default."),
     ] = None,
-    overlay: Overlays = None,
-    labelled: Labelled = None,
-    threshold: Threshold = 0.4,
-    model: ModelOption = None,
-    adapter: Adapter = None,
+    *,
+    how: Classification,
 ) -> None:
     """Measure the classification of a labelled set."""
     from rlhf.taxonomy.commands import show_evaluation
 
-    show_evaluation(file, overlay or [], labelled, threshold, model, adapter)
+    show_evaluation(file, how.overlay or [], how.labelled, how.threshold, how.model, how.adapter)
 
 
 @app.command()
+@classifying
 def coverage(
     file: File,
     output: Annotated[
@@ -108,21 +119,19 @@ def coverage(
     json_output: Annotated[
         Path | None, typer.Option("--json", metavar="JSON", help="Write the numbers here too.")
     ] = None,
-    overlay: Overlays = None,
-    labelled: Labelled = None,
-    threshold: Threshold = 0.4,
-    model: ModelOption = None,
-    adapter: Adapter = None,
+    *,
+    how: Classification,
 ) -> None:
     """Show how prompts are spread over the categories, as a table and a page."""
     from rlhf.taxonomy.commands import show_coverage
 
-    found, taxonomy, predictions = _classified(file, overlay, labelled, threshold, model, adapter)
+    found, taxonomy, predictions = _classified(file, how)
     page = show_coverage(found, taxonomy, predictions, output, json_output)
     typer.echo(f"page: {page}")
 
 
 @app.command()
+@classifying
 def sample(
     file: File,
     size: Annotated[int, typer.Option(min=1, metavar="N", help="Rows wanted.")],
@@ -134,37 +143,28 @@ def sample(
     temperature: Annotated[
         float, typer.Option(min=0.0, max=1.0, help="0 is the same for all categories, 1 leaves the mix.")
     ] = 0.3,
-    overlay: Overlays = None,
-    labelled: Labelled = None,
-    threshold: Threshold = 0.4,
-    model: ModelOption = None,
-    adapter: Adapter = None,
+    *,
+    how: Classification,
 ) -> None:
     """Draw a sample that is balanced over the categories and free of near-duplicates."""
     from rlhf.taxonomy.commands import write_sample
 
-    found, _, predictions = _classified(file, overlay, labelled, threshold, model, adapter)
+    found, _, predictions = _classified(file, how)
     write_sample(
         found, predictions, output, size=size, seed=seed, method=method.value, temperature=temperature
     )
 
 
-def _classified(
-    file: str,
-    overlay: list[Path] | None,
-    labelled: Path | None,
-    threshold: float,
-    model: str | None,
-    adapter: Path | None,
-) -> tuple[PromptFile, Taxonomy, list[Prediction]]:
+def _classified(file: str, how: Classification) -> tuple[PromptFile, Taxonomy, list[Prediction]]:
     """The prompts of a file, and the category of each."""
     from rlhf.taxonomy.commands import predict
     from rlhf.taxonomy.reading import read_prompts
     from rlhf.taxonomy.tree import load_taxonomy
 
-    taxonomy = load_taxonomy(*(overlay or []))
+    taxonomy = load_taxonomy(*(how.overlay or []))
     found = read_prompts(file)
     note = found.note()
     if note:
         typer.echo(f"note: {note}", err=True)
-    return found, taxonomy, predict(found.prompts, taxonomy, labelled, threshold, model, adapter)
+    predictions = predict(found.prompts, taxonomy, how.labelled, how.threshold, how.model, how.adapter)
+    return found, taxonomy, predictions

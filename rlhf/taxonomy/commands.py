@@ -12,6 +12,7 @@ from finetune.errors import UserError
 from finetune.files import write_text
 from finetune.report.formatting import percent
 from finetune.terminal import print_table
+from finetune.words import plural
 from rlhf.taxonomy.classifier import Prediction, PromptClassifier
 from rlhf.taxonomy.reading import PromptFile, read_labelled
 from rlhf.taxonomy.tree import HELD_OUT_FILE, TIERS, Taxonomy, ancestor, load_taxonomy, similar_names
@@ -170,7 +171,9 @@ def _print_coverage(result: Coverage) -> None:
             for tier in result.tiers
         ],
     )
-    print(f"\n{result.rows:,} prompts, {result.near_duplicates:,} of them near-duplicates of another")
+    print(
+        f"\n{plural(result.rows, 'prompt')}, of them {plural(result.near_duplicates, 'near-duplicate')} of another"
+    )
 
 
 def write_sample(
@@ -184,21 +187,14 @@ def write_sample(
     temperature: float,
 ) -> None:
     """Write the sampled rows, and print what became of the spread over secondary categories."""
-    from rlhf.taxonomy.sampling import balanced_sample, entropy, reachable_entropy, secondary_counts
-    from rlhf.taxonomy.similarity import first_alike
+    from rlhf.taxonomy.sampling import balanced_indices, entropy, reachable_entropy, secondary_counts
 
     categories = [prediction.category for prediction in predictions]
-    chosen = balanced_sample(
-        range(len(found.rows)),
-        size=size,
-        seed=seed,
-        prompt=lambda index: found.rows[index].prompt,
-        method=method,
-        temperature=temperature,
-        categories=categories,
+    chosen, firsts = balanced_indices(
+        found.prompts, categories, size=size, seed=seed, method=method, temperature=temperature
     )
     _write_lines(output, (found.rows[index].row.columns for index in chosen))
-    kept = [index for index, first in enumerate(first_alike(found.prompts)) if index == first]
+    kept = [index for index, first in enumerate(firsts) if index == first]
     before, available, after = (
         secondary_counts(categories[index] for index in rows)
         for rows in (range(len(categories)), kept, chosen)
@@ -219,7 +215,7 @@ def write_sample(
     )
     removed = len(categories) - len(kept)
     short = f", so there are fewer than the {size:,} asked for" if len(chosen) < size else ""
-    print(f"\n{removed:,} near-duplicates left out{short}\nsample: {output}")
+    print(f"\n{plural(removed, 'near-duplicate')} left out{short}\nsample: {output}")
 
 
 def _share(counts: Counter[str], highest: float) -> str:

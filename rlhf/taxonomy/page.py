@@ -7,8 +7,8 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-from finetune.report.formatting import percent, plain_text
-from finetune.report.html import TEMPLATES as REPORT_TEMPLATES
+from finetune.report.formatting import percent
+from finetune.report.templating import render_page
 from rlhf.taxonomy.coverage import CategoryCoverage, Coverage
 from rlhf.taxonomy.tree import ancestor
 from rlhf.taxonomy.treemap import Rect, squarify
@@ -40,19 +40,10 @@ class Cell:
 
 def render(coverage: Coverage) -> str:
     """The page as HTML; all text from the data and the taxonomy is escaped."""
-    from jinja2 import Environment, FileSystemLoader, StrictUndefined
-    from markupsafe import Markup
-
-    environment = Environment(
-        loader=FileSystemLoader(TEMPLATES),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    style = (REPORT_TEMPLATES / "report.css").read_text(encoding="utf-8")
-    style += (TEMPLATES / "coverage.css").read_text(encoding="utf-8")
-    html = environment.get_template("coverage.html.j2").render(
+    return render_page(
+        "coverage.html.j2",
+        folder=TEMPLATES,
+        style="coverage.css",
         coverage=coverage,
         cards=_cards(coverage),
         cells=treemap(coverage),
@@ -61,9 +52,7 @@ def render(coverage: Coverage) -> str:
         most=max((each.rows for each in coverage.tiers[1].categories), default=0) or 1,
         percent=percent,
         built=datetime.now().strftime("%Y-%m-%d %H:%M"),
-        style=Markup(style),
     )
-    return plain_text(html)
 
 
 def _cards(coverage: Coverage) -> list[tuple[str, str, str]]:

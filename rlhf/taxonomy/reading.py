@@ -12,6 +12,7 @@ from finetune.data.formats import COLUMNS, PAIRS, ROLE_ALIASES
 from finetune.data.records import BadRow, Row
 from finetune.data.sources import open_source
 from finetune.errors import UserError
+from finetune.words import plural
 from rlhf.taxonomy.tree import Taxonomy
 
 TURNS = tuple(name for layout in ("sharegpt", "messages") for (name,) in COLUMNS[layout])
@@ -50,7 +51,8 @@ class PromptFile:
         if not self.without:
             return None
         first = "; ".join(map(str, self.without[:SHOWN]))
-        return f"{len(self.without):,} of {len(self.without) + len(self.rows):,} rows have no prompt: {first}"
+        rows = plural(len(self.without) + len(self.rows), "row")
+        return f"{len(self.without):,} of {rows} without a prompt: {first}"
 
 
 def read_prompts(path: str | Path) -> PromptFile:

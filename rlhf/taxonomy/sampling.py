@@ -6,16 +6,19 @@ import math
 import random
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any, Literal, TypeVar
+from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
+from finetune.data.sampling import UNKNOWN
 from finetune.errors import UserError
+
+if TYPE_CHECKING:
+    from rlhf.taxonomy.tree import Taxonomy
 
 T = TypeVar("T")
 K = TypeVar("K")
 
 Method = Literal["quota", "temperature"]
 TEMPERATURE = 0.3
-UNKNOWN = "unknown"
 
 
 def balanced_sample(
@@ -50,17 +53,38 @@ def balanced_sample(
     Raises:
         UserError: `size` is not positive, or `temperature` is outside 0 to 1.
     """
+    prompts = [prompt(row) for row in rows]
+    if categories is None:
+        categories = classified(prompts)
+    chosen, _ = balanced_indices(
+        prompts, categories, size=size, seed=seed, method=method, temperature=temperature
+    )
+    return [rows[index] for index in chosen]
+
+
+def balanced_indices(
+    prompts: Sequence[str],
+    categories: Sequence[str | None],
+    *,
+    size: int,
+    seed: int,
+    method: Method = "quota",
+    temperature: float = TEMPERATURE,
+) -> tuple[list[int], list[int]]:
+    """What `balanced_sample` takes, by index, and for each prompt the index of the first that it nearly repeats.
+
+    Raises:
+        UserError: as `balanced_sample`.
+    """
     from rlhf.taxonomy.similarity import first_alike
 
     if size < 1:
         raise UserError(f"sample size: expected 1 or more, found {size}")
     if not 0 <= temperature <= 1:
         raise UserError(f"sample temperature: expected a number from 0 to 1, found {temperature}")
-    prompts = [prompt(row) for row in rows]
-    if categories is None:
-        categories = _classified(prompts)
     power = 0.0 if method == "quota" else temperature
-    kept = [index for index, first in enumerate(first_alike(prompts)) if index == first]
+    firsts = first_alike(prompts)
+    kept = [index for index, first in enumerate(firsts) if index == first]
     rng = random.Random(seed)
     rng.shuffle(kept)
     groups: dict[str, dict[str, list[int]]] = defaultdict(lambda: defaultdict(list))
@@ -73,14 +97,15 @@ def balanced_sample(
         parts = groups[name]
         for part, count in shares({key: len(each) for key, each in parts.items()}, share, power).items():
             chosen += parts[part][:count]
-    return [rows[index] for index in sorted(chosen)]
+    return sorted(chosen), firsts
 
 
-def _classified(prompts: Sequence[str]) -> list[str | None]:
+def classified(prompts: Sequence[str], taxonomy: Taxonomy | None = None) -> list[str | None]:
+    """The category of each prompt by the classifier that a taxonomy makes, the shipped one by default."""
     from rlhf.taxonomy.classifier import PromptClassifier
     from rlhf.taxonomy.tree import load_taxonomy
 
-    return [found.category for found in PromptClassifier(load_taxonomy()).predict(prompts)]
+    return [found.category for found in PromptClassifier(taxonomy or load_taxonomy()).predict(prompts)]
 
 
 def secondary_of(category: str | None) -> str:

@@ -181,7 +181,7 @@ def test_leaks_are_reported(run: Any) -> None:
         validation=save("b.jsonl", [qa(3), qa(4, "另一个答案"), qa(50)]),
     )
     assert (data.report.leaked, data.report.shared_prompts) == (1, 2)
-    assert "1 of 3 validation rows are also trained on" in data.report.warnings[0]
+    assert "1 of 3 validation rows is also trained on" in data.report.warnings[0]
 
 
 def test_a_single_document_cannot_be_split(run: Any) -> None:
@@ -248,7 +248,7 @@ def test_truncation_is_counted_and_warned_of(run: Any) -> None:
     assert tokens.max > 32
     assert tokens.total <= 64
     odd, cut = data.report.warnings  # an answer of one word fifty times
-    assert "1 data rows look odd" in odd
+    assert "1 odd data row is kept" in odd
     assert [(row.location.number, "repeats" in row.reason) for row in data.report.odd_rows] == [(2, True)]
     assert "50.0% of the training conversations are cut to data.max_length 32" in cut
 
@@ -256,9 +256,9 @@ def test_truncation_is_counted_and_warned_of(run: Any) -> None:
 @pytest.mark.parametrize(
     ("rows", "message"),
     [
-        (BAD, r"data.train: none of the 3 rows in a.jsonl can be used:\n  a.jsonl:1: not JSON"),
+        (BAD, r"data.train: none of 3 rows in a.jsonl can be used:\n  a.jsonl:1: not JSON"),
         (["", ""], r"data.train: no rows in a.jsonl"),
-        (["{"], r"data.train: none of the 1 rows"),
+        (["{"], r"data.train: none of 1 row in"),
     ],
 )
 def test_nothing_left(run: Any, rows: list[Any], message: str) -> None:
@@ -270,7 +270,7 @@ def test_nothing_left_in_one_of_several(run: Any) -> None:
     good, empty = save("a.jsonl", [qa(1)]), save("b.jsonl", BAD)
     data = run(train=[good, empty], on_bad_rows="skip")
     assert [(file.kept, file.bad) for file in data.report.files] == [(1, 0), (0, 3)]
-    with pytest.raises(UserError, match=r"data.validation: none of the 3 rows in b.jsonl"):
+    with pytest.raises(UserError, match=r"data.validation: none of 3 rows in b.jsonl"):
         run(train=good, validation=empty, on_bad_rows="skip")
 
 

@@ -123,7 +123,7 @@ A, B = {"text": "甲", "rank": 1}, {"text": "乙", "rank": 2}
 @pytest.mark.parametrize(
     ("columns", "reason"),
     [
-        (ranked(A), "1 responses, expected at least 2"),
+        (ranked(A), "1 response, expected at least 2"),
         (ranked(A, {"text": "乙", "rank": 1}), "all 2 responses are equally good"),
         (ranked(A, {"text": "甲 ", "rank": 2}), "responses 1 and 2 are the same text"),
         (ranked(A, {"text": "乙", "score": 2}), "expected either 'rank' or 'score' in each of them, found both"),
@@ -218,7 +218,7 @@ def test_bad_rows_stop_or_are_left_out(tokenizer: Any, tmp_path: Path) -> None:
     with pytest.raises(UserError) as error:
         prepare(tokenizer, tmp_path, path)
     assert "2 of 5 data rows cannot be used" in str(error.value)
-    assert "pairs.jsonl:4: 1 responses" in str(error.value)
+    assert "pairs.jsonl:4: 1 response," in str(error.value)
     assert "pairs.jsonl:5: not JSON" in str(error.value)
     data = prepare(tokenizer, tmp_path, path, on_bad_rows="skip")
     assert len(data.train) == 3
@@ -269,8 +269,8 @@ def test_what_is_told(tokenizer: Any, tmp_path: Path) -> None:
     assert counts.other_families == {"GPT-4": 1}
     told = "\n".join(data.report.warnings)
     assert "2 of 2 held-out prompts are also trained on" in told
-    assert "1 of 4 training pairs are ties" in told
-    assert "1 of 5 training responses are by models of other families (GPT-4 1)" in told
+    assert "1 of 4 training pairs is tied" in told
+    assert "1 of 5 training responses is by models of other families (GPT-4 1)" in told
     assert json.loads(json.dumps(data.report.as_dict()))["preferences"]["train"]["pairs"] == 3
 
 

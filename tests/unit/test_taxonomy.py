@@ -204,7 +204,7 @@ def test_rows_without_a_prompt_are_told(tmp_path: Path) -> None:
     found = read_prompts(path)
     assert found.prompts == ["在吗"]
     assert [row.location.number for row in found.without] == [2, 3]
-    assert "2 of 3 rows have no prompt" in str(found.note())
+    assert "2 of 3 rows without a prompt" in str(found.note())
     with pytest.raises(UserError, match=r"rows\.jsonl: no row has a prompt\n.*:1: columns 'answer'"):
         read_prompts(write(tmp_path, '{"answer": "在"}\n', "rows.jsonl"))
 

@@ -115,7 +115,7 @@ def test_sample_writes_rows_unchanged(data: str) -> None:
     assert len(chosen) == 4
     assert all(row in before for row in chosen)
     assert "100.0 %" in result.stdout
-    assert "1 near-duplicates left out" in result.stdout
+    assert "1 near-duplicate left out" in result.stdout
     first = Path("s.jsonl").read_bytes()
     assert call("sample", data, "--size", "4", "--output", "s.jsonl", "--seed", "3").exit_code == 0
     assert Path("s.jsonl").read_bytes() == first
@@ -130,7 +130,7 @@ def test_a_sample_larger_than_the_file_says_so(data: str) -> None:
 def test_coverage_writes_table_page_and_numbers(data: str) -> None:
     result = call("coverage", data, "--json", "c.json")
     assert result.exit_code == 0, result.output
-    assert "8 prompts, 1 of them near-duplicates of another" in result.stdout
+    assert "8 prompts, of them 1 near-duplicate of another" in result.stdout
     assert result.stdout.splitlines()[-1] == "page: data.jsonl.coverage.html"
     numbers = json.loads(Path("c.json").read_text())
     secondary = {each["id"]: each for each in numbers["tiers"][1]["categories"]}
