@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import Any
 
 from finetune.report.formatting import compact, number
 from finetune.report.run_folder import Points, RunFolder
@@ -65,14 +66,17 @@ class Chart:
 
 def charts(run: RunFolder) -> list[Chart]:
     """The charts that the run's metrics allow; the loss comes first if there is one."""
-    found = [_loss_chart(run)]
+    described = [each for each in run.sections.get("curves") or [] if isinstance(each, dict)]
+    named = {str(each.get("key")) for each in described}
+    found = [_loss_chart(run), *(_described_chart(run, each) for each in described)]
     for key, title, label in (
         ("learning_rate", "Learning rate", number),
         ("grad_norm", "Gradient norm", number),
         ("tokens_per_second", "Throughput, tokens/s", compact),
     ):
-        found.append(_chart(title, [Line(title, run.series(key))], label, from_zero=True))
-    found += _further_charts(run)
+        if key not in named:
+            found.append(_chart(title, [Line(title, run.series(key))], label, from_zero=True))
+    found += _further_charts(run, named)
     return [chart for chart in found if chart]
 
 
@@ -86,21 +90,41 @@ def _loss_chart(run: RunFolder) -> Chart | None:
     return _chart("Loss", lines, number, x_count=9)
 
 
-def _further_charts(run: RunFolder) -> list[Chart | None]:
-    """A chart for each other number that was logged, evaluation beside training (rewards, KL and so on)."""
+def _described_chart(run: RunFolder, described: dict[str, Any]) -> Chart | None:
+    """A number that the stage has words for, see `finetune.report.sections`."""
+    share = bool(described.get("share"))
+    return _metric_chart(
+        run,
+        str(described.get("key")),
+        str(described.get("title") or described.get("key")),
+        _as_percent if share else number,
+        from_zero=share or bool(described.get("from_zero")),
+    )
+
+
+def _as_percent(share: float) -> str:
+    return f"{number(100 * share)} %"
+
+
+def _further_charts(run: RunFolder, named: set[str]) -> list[Chart | None]:
+    """A chart for each other number that was logged."""
     names = list(dict.fromkeys(key.removeprefix("eval_") for key in run.logged_keys()))
-    names = [n for n in names if n not in _KNOWN | _SHOWN_ELSEWHERE and not n.endswith(_TIMING)]
+    names = [n for n in names if n not in _KNOWN | _SHOWN_ELSEWHERE | named and not n.endswith(_TIMING)]
     return [
-        _chart(
-            name.replace("_", " ").replace("/", ": "),
-            [
-                Line("training", run.series(name)),
-                Line("validation", run.series(f"eval_{name}"), role="validation", markers=True),
-            ],
-            number,
-        )
+        _metric_chart(run, name, name.replace("_", " ").replace("/", ": "), number)
         for name in names[:MAX_FURTHER_CHARTS]
     ]
+
+
+def _metric_chart(
+    run: RunFolder, key: str, title: str, label: Callable[[float], str], *, from_zero: bool = False
+) -> Chart | None:
+    """One number over the steps, evaluation beside training."""
+    lines = [
+        Line("training", run.series(key)),
+        Line("validation", run.series(f"eval_{key}"), role="validation", markers=True),
+    ]
+    return _chart(title, lines, label, from_zero=from_zero)
 
 
 def _with_smoothing(label: str, points: Points) -> list[Line]:
@@ -213,10 +237,13 @@ def thin(points: Points, limit: int = MAX_POINTS) -> Points:
 
 
 def nice_ticks(low: float, high: float, *, count: int = 5, whole: bool = False) -> list[float]:
-    """Round numbers, 1, 2 or 5 times a power of ten apart, that enclose `low` to `high`; about `count`."""
+    """Round numbers, 1, 2 or 5 times a power of ten apart, that enclose `low` to `high`; about `count`.
+
+    Where nothing is below 0, no tick is.
+    """
     if high <= low:
         padding = abs(low) / 2 or 0.5
-        low, high = low - padding, high + padding
+        low, high = low - padding if low else 0.0, high + padding
     rough = (high - low) / (count - 1)
     power = 10.0 ** math.floor(math.log10(rough))
     step = next(m * power for m in (1, 2, 5, 10) if m * power >= rough * (1 - 1e-9))

@@ -27,11 +27,13 @@ _FILE_COLUMNS = {
     "weight": "weight",
     "rows": "rows",
     "kept": "kept",
+    "sampled": "sampled",
     "bad": "bad",
     "duplicates": "duplicates",
     "held_out": "held out",
     "tokens.total": "tokens",
 }
+_CATEGORY_COLUMNS = {"category": "secondary category", "rows": "distinct rows", "taken": "taken"}
 # In the settings already, or put into words by the warnings.
 _SKIPPED = {"stage", "max_length", "leaked", "shared_prompts"}
 
@@ -61,6 +63,8 @@ class DataSection:
     bad_rows_left_out: int = 0
     odd_rows: list[tuple[str, str]] = field(default_factory=list)
     odd_rows_left_out: int = 0
+    near_duplicates: list[tuple[str, str]] = field(default_factory=list)
+    near_duplicates_left_out: int = 0
 
     def __bool__(self) -> bool:
         return bool(self.warnings or self.facts or self.tables or self.bad_rows or self.odd_rows)
@@ -72,11 +76,22 @@ def data_section(data: dict[str, Any]) -> DataSection:
     sets = {name: part for name in ("train", "validation") if isinstance(part := rest.pop(name, None), dict)}
     bad = [row for row in _list_of_objects(rest.pop("bad_rows", None)) if "reason" in row]
     odd = [row for row in _list_of_objects(rest.pop("odd_rows", None)) if "reason" in row]
+    sampling = rest.pop("sampling", None)
+    sampling = dict(sampling) if isinstance(sampling, dict) else {}
+    repeats = _list_of_objects(sampling.pop("near_duplicates", None))
+    categories = _list_of_objects(sampling.pop("categories", None))
+    if sampling:
+        rest["sampling"] = {**sampling, "near_duplicates_left_out": len(repeats)}
     tables = [
         _table(
             "Data sets", {"set": "", **_SET_COLUMNS}, [{"set": name, **part} for name, part in sets.items()]
         ),
         _table("Files", _FILE_COLUMNS, _list_of_objects(rest.pop("files", None))),
+        _table(
+            "Sample by category",
+            _CATEGORY_COLUMNS,
+            [{**each, "category": f"{each.get('id', '')} {each.get('name', '')}"} for each in categories],
+        ),
     ]
     return DataSection(
         warnings=[str(warning) for warning in rest.pop("warnings", None) or []],
@@ -86,6 +101,11 @@ def data_section(data: dict[str, Any]) -> DataSection:
         bad_rows_left_out=max(0, len(bad) - MAX_BAD_ROWS),
         odd_rows=[(_where(row), str(row["reason"])) for row in odd[:MAX_BAD_ROWS]],
         odd_rows_left_out=max(0, len(odd) - MAX_BAD_ROWS),
+        near_duplicates=[
+            (str(each.get("row", "")), f"nearly repeats {each.get('repeats', '')}")
+            for each in repeats[:MAX_BAD_ROWS]
+        ],
+        near_duplicates_left_out=max(0, len(repeats) - MAX_BAD_ROWS),
     )
 
 

@@ -12,12 +12,13 @@ from finetune.errors import UserError
 def read_jsonl(path: Path) -> list[dict[str, Any]]:
     """The objects of a JSONL file, one a line.
 
-    A last line that breaks off is left out: it is what a process leaves that was ended while it wrote.
+    A last line that breaks off is left out: it is what a process leaves that was ended while it wrote. Other
+    characters that Unicode counts as line ends (U+2028, say) may stand in JSON strings and end no line.
 
     Raises:
         UserError: another line is no JSON object.
     """
-    lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
+    lines = path.read_text(encoding="utf-8", errors="replace").split("\n")
     while lines and not lines[-1].strip():
         lines.pop()
     rows = []

@@ -8,6 +8,7 @@ from statistics import median
 from finetune.report.formatting import byte_size, compact, duration, is_number, percent
 from finetune.report.run_folder import RunFolder
 from finetune.report.samples import mean_scores
+from finetune.words import plural
 
 
 @dataclass
@@ -34,7 +35,13 @@ class Card:
 def cards(run: RunFolder) -> list[Card]:
     """The cards that the run's files allow, the most telling first."""
     makers = (_validation_loss, _accuracy, _reward, _char_f1, _trainable, _time, _throughput, _memory)
-    return [card for maker in makers if (card := maker(run))]
+    return [*_own_cards(run), *(card for maker in makers if (card := maker(run)))]
+
+
+def _own_cards(run: RunFolder) -> list[Card]:
+    """What a stage has put into result.json itself, under `cards`, with the names of a card's attributes."""
+    found = run.result.get("cards")
+    return [Card(**card) for card in found if isinstance(card, dict)] if isinstance(found, list) else []
 
 
 def _validation_loss(run: RunFolder) -> Card | None:
@@ -76,7 +83,7 @@ def _reward(run: RunFolder) -> Card | None:
 def _char_f1(run: RunFolder) -> Card | None:
     means = mean_scores(run.samples)
     before, after = means.get("char_f1_before"), means.get("char_f1_after")
-    note = f"mean of {len(run.samples)} held-out answers"
+    note = f"mean of {plural(len(run.samples), 'held-out answer')}"
     if after is None:
         return None
     if before is None:
@@ -102,8 +109,8 @@ def _time(run: RunFolder) -> Card | None:
         return None
     steps = run.result.get("steps")
     epochs = max((row["epoch"] for row in run.metrics if is_number(row.get("epoch"))), default=None)
-    parts = [f"{steps:,} steps"] if is_number(steps) else []
-    parts += [f"{epochs:.3g} epochs"] if epochs is not None else []
+    parts = [plural(int(steps), "step")] if is_number(steps) else []
+    parts += [f"{epochs:.3g} epoch{'' if epochs == 1 else 's'}"] if epochs is not None else []
     return Card("Training time", duration(seconds), note=" · ".join(parts))
 
 

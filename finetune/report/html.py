@@ -10,13 +10,12 @@ from finetune.files import write_text
 from finetune.report import page
 from finetune.report.curves import charts
 from finetune.report.data_summary import data_section
-from finetune.report.formatting import plain_text
 from finetune.report.headline import cards
 from finetune.report.run_folder import RunFolder, read_run
 from finetune.report.sections import sections_of
+from finetune.report.templating import page_environment, render_page
 
 REPORT_FILE = "report.html"
-TEMPLATES = Path(__file__).resolve().parent / "templates"
 
 
 def build_report(run_dir: Path | str) -> Path:
@@ -43,18 +42,11 @@ def build_report(run_dir: Path | str) -> Path:
 def render(run: RunFolder) -> str:
     """The report as HTML. All that comes from the run is escaped, and control characters are taken out."""
     import yaml
-    from jinja2 import Environment, FileSystemLoader, StrictUndefined
     from markupsafe import Markup
 
-    environment = Environment(
-        loader=FileSystemLoader(TEMPLATES),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    script = environment.get_template("report.js.j2").render()
-    html = environment.get_template("report.html.j2").render(
+    script = page_environment().get_template("report.js.j2").render()
+    return render_page(
+        "report.html.j2",
         run=run,
         subtitle=page.subtitle(run),
         notices=page.notices(run),
@@ -68,9 +60,7 @@ def render(run: RunFolder) -> str:
         recipe_text=yaml.safe_dump(run.recipe, allow_unicode=True, sort_keys=False),
         environment=page.facts({k: v for k, v in run.environment.items() if k != "earlier"}),
         commands=page.commands(run),
-        style=Markup((TEMPLATES / "report.css").read_text(encoding="utf-8")),
         script=Markup(script),
         # The page may run this script and no other, whatever a sample contains.
         script_hash=base64.b64encode(hashlib.sha256(script.encode()).digest()).decode(),
     )
-    return plain_text(html)

@@ -19,8 +19,15 @@ STAGE_NAMES = {
     "dpo": "direct preference optimisation",
     "ppo": "reinforcement learning (PPO)",
     "merge": "merge into plain weights",
+    "redteam": "red-teaming",
+    "aim": "data aimed at what red-teaming found",
 }
-METRIC_NAMES = {"char_f1": "Character F1", "rouge_l": "ROUGE-L", "distinct_2": "Distinct-2"}
+METRIC_NAMES = {
+    "reward": "Reward",
+    "char_f1": "Character F1",
+    "rouge_l": "ROUGE-L",
+    "distinct_2": "Distinct-2",
+}
 
 Facts = list[tuple[str, str]]
 
@@ -78,8 +85,13 @@ def sample_cards(samples: list[Sample]) -> list[dict[str, Any]]:
             "context": [(m["role"], m["content"]) for m in sample.messages[:-1]],
             "prompt": sample.messages[-1]["content"] if sample.messages else "",
             "reference": sample.reference,
-            "f1_before": sample.scores.get("char_f1_before"),
-            "f1_after": sample.scores.get("char_f1_after"),
+            "score": "F1" if sample.reference else "reward",
+            **{
+                f"score_{moment}": sample.scores.get(
+                    f"{'char_f1' if sample.reference else 'reward'}_{moment}"
+                )
+                for moment in ("before", "after")
+            },
             "before": _marked(sample.before, sample.reference),
             "after": _marked(sample.after, sample.reference),
         }

@@ -12,10 +12,12 @@ from typing import TYPE_CHECKING, Any
 from finetune.errors import UserError
 from finetune.files import write_text
 from finetune.report.files import read_json
-from finetune.report.formatting import is_number, plain_text
+from finetune.report.formatting import is_number
 from finetune.report.headline import Card, cards
 from finetune.report.page import STAGE_NAMES, notices
 from finetune.report.run_folder import read_run
+from finetune.report.sections import Section, sections_of
+from finetune.report.templating import render_page
 
 if TYPE_CHECKING:
     from finetune.recipe.schema import Step
@@ -27,42 +29,34 @@ class StepSection:
 
     Attributes:
         status: `finished`, `interrupted`, `unfinished`, or `not begun`.
-        link: of its own report, relative to the page; "" if it has none.
+        links: (name, address relative to the page) of its own reports.
+        sections: of its report, those that stand here too.
     """
 
     name: str
     stage: str
     folder: str
     status: str
-    link: str = ""
+    links: list[tuple[str, str]] = field(default_factory=list)
     cards: list[Card] = field(default_factory=list)
     notices: list[str] = field(default_factory=list)
+    sections: list[Section] = field(default_factory=list)
 
 
 def build_pipeline_page(folder: Path, name: str, steps: Sequence[Step]) -> Path:
     """Write `report.html` into the folder of a pipeline, from what its steps have left so far."""
-    from jinja2 import Environment, FileSystemLoader, StrictUndefined
-    from markupsafe import Markup
+    from finetune.report.html import REPORT_FILE
 
-    from finetune.report.html import REPORT_FILE, TEMPLATES
-
-    environment = Environment(
-        loader=FileSystemLoader(TEMPLATES),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
     sections = [_section(step, folder) for step in steps]
-    html = environment.get_template("pipeline.html.j2").render(
+    html = render_page(
+        "pipeline.html.j2",
         name=name,
         sections=sections,
         done=sum(section.status == "finished" for section in sections),
         built=datetime.now().strftime("%Y-%m-%d %H:%M"),
-        style=Markup((TEMPLATES / "report.css").read_text(encoding="utf-8")),
     )
     path = folder / REPORT_FILE
-    write_text(path, plain_text(html))
+    write_text(path, html)
     return path
 
 
@@ -78,8 +72,13 @@ def _section(step: Step, page_folder: Path) -> StepSection:
     except UserError:
         return section
     section.status, section.cards, section.notices = run.status, cards(run), notices(run)
-    if (folder / "report.html").is_file():
-        section.link = Path(os.path.relpath(folder / "report.html", page_folder)).as_posix()
+    section.sections = [each for each in sections_of(run.sections) if each.pipeline]
+    pages = run.result.get("pages") or [{"name": "full report", "file": "report.html"}]
+    section.links = [
+        (page["name"], Path(os.path.relpath(folder / page["file"], page_folder)).as_posix())
+        for page in pages
+        if (folder / page["file"]).is_file()
+    ]
     return section
 
 

@@ -98,10 +98,20 @@ def _from_row(row: dict[str, Any], where: str) -> Sample:
     return Sample(messages, reference, row.get("before"), row.get("after"), scores)
 
 
+def _question(sample: Sample) -> str:
+    """The last question, numbered where others went before it."""
+    if not sample.messages:
+        return ""
+    turn = sum(message["role"] == "user" for message in sample.messages)
+    return (f"(turn {turn}) " if turn > 1 else "") + sample.messages[-1]["content"]
+
+
 def print_samples_table(
     samples: list[Sample], console: Console, *, max_characters: int = 60, max_rows: int = 5
 ) -> None:
     """Print prompts, answers before and after, their character F1, and the mean in the last row.
+
+    Of a conversation that is the last question, and which turn it is.
 
     Args:
         samples: scored; nothing is printed for none.
@@ -138,8 +148,9 @@ def print_samples_table(
     shown = min(max_rows, len(samples))
     for index in range(shown):
         sample = samples[(2 * index + 1) * len(samples) // (2 * shown)]
-        prompt = sample.messages[-1]["content"] if sample.messages else ""
-        table.add_row(text(prompt), text(sample.before, "dim"), text(sample.after), *f1(sample.scores))
+        table.add_row(
+            text(_question(sample)), text(sample.before, "dim"), text(sample.after), *f1(sample.scores)
+        )
     table.add_section()
     table.add_row(Text(f"mean of {len(samples)}", style="bold"), "", "", *f1(mean_scores(samples)))
     console.print(table)

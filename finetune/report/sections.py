@@ -7,6 +7,19 @@ The file holds an object whose `sections` is a list of objects with
     tables   [{"title", "columns": [text, ...], "rows": [[text, ...], ...]}, ...] (optional)
     charts   [{"title", "x": what the horizontal axis is, "lines": [{"label", "role", "points": [[x, y], ...]}]}, ...]
              (optional); role is train, validation or other and decides the colour
+    maps     [{"title", "columns": [[short name, name], ...], "rows": [[name, [square, ...]], ...]}, ...] heat maps
+             (optional); a square is {"share": 0 to 1 or null, "text", "detail", "unjudged": how many, for a dot}
+    aside    what the heat maps show (optional)
+    lists    [{"title", "count", "left_out", "whole": file that has all, "items": [{"context": messages, "prompt",
+             "answer", "about"}]}, ...] exchanges to fold away (optional)
+    pipeline true to stand on the page of a pipeline, too (optional)
+
+and may hold a list `curves`: what the stage's numbers in metrics.jsonl are, each drawn before the others, in order,
+
+    key        in metrics.jsonl; `eval_KEY` is drawn beside it
+    title      in words, with the unit
+    from_zero  have the axis begin at 0 (optional)
+    share      of a whole: in percent, from 0 (optional)
 
 so that `finetune report` can build the page again without knowing the stage.
 """
@@ -33,11 +46,18 @@ class Section:
     text: str = ""
     tables: list[Table] = field(default_factory=list)
     charts: list[Chart] = field(default_factory=list)
+    maps: list[dict[str, Any]] = field(default_factory=list)
+    aside: str = ""
+    lists: list[dict[str, Any]] = field(default_factory=list)
+    pipeline: bool = False
 
 
-def write_sections(run_dir: Path, sections: Sequence[dict[str, Any]]) -> None:
+def write_sections(
+    run_dir: Path, sections: Sequence[dict[str, Any]], *, curves: Sequence[dict[str, Any]] = ()
+) -> None:
     """Write `sections.json`, whole or not at all."""
-    write_json(run_dir / SECTIONS_FILE, {"sections": list(sections)})
+    content: dict[str, Any] = {"sections": list(sections)}
+    write_json(run_dir / SECTIONS_FILE, content | ({"curves": list(curves)} if curves else {}))
 
 
 def sections_of(content: dict[str, Any]) -> list[Section]:
@@ -71,4 +91,13 @@ def _section(content: dict[str, Any]) -> Section:
         )
         for chart in content.get("charts") or []
     ]
-    return Section(str(content["title"]), str(content.get("text") or ""), tables, [c for c in charts if c])
+    return Section(
+        str(content["title"]),
+        str(content.get("text") or ""),
+        tables,
+        [c for c in charts if c],
+        maps=content.get("maps") or [],
+        aside=str(content.get("aside") or ""),
+        lists=content.get("lists") or [],
+        pipeline=bool(content.get("pipeline")),
+    )

@@ -5,8 +5,6 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
-import subprocess
-import sys
 import threading
 from concurrent.futures import CancelledError
 from pathlib import Path
@@ -15,6 +13,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from stock_software import ask_stock
 from test_adapters import IDS, LORA, adapted, base_model, logits, settings
 from test_checkpoints import as_bin_shards
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -238,10 +237,8 @@ def test_tokenizer_needs_none_of_this_package(
         f"t = AutoTokenizer.from_pretrained({str(folder)!r}); "
         "print(t.encode('血压 1 ok')); assert 'finetune' not in sys.modules"
     )
-    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
     expected = AutoTokenizer.from_pretrained(tiny_bases["rope"]).encode("血压 1 ok")
-    assert json.loads(done.stdout) == expected
+    assert ask_stock(code, folder=tmp_path) == expected
 
 
 @pytest.mark.parametrize(
@@ -368,7 +365,7 @@ def test_incomplete_base(tiny_bases: dict[str, Path], adapter: Path, tmp_path: P
     tensors.pop("model.layers.1.self_attn.o_proj.weight")
     save_file(tensors, copy / "model.safetensors", metadata={"format": "pt"})
     message = refusal(adapter, tmp_path / "out", base=str(copy))
-    assert "1 weights are missing: model.layers.1.self_attn.o_proj.weight" in message
+    assert "1 weight missing: model.layers.1.self_attn.o_proj.weight" in message
 
 
 def test_base_of_another_shape(adapter: Path, tmp_path: Path) -> None:

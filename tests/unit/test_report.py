@@ -21,6 +21,7 @@ from finetune.report import (
 )
 from finetune.report.curves import MAX_POINTS, charts, nice_ticks, smooth, thin
 from finetune.report.data_summary import data_section
+from finetune.report.files import read_jsonl
 from finetune.report.formatting import byte_size, compact, duration, number, percent, plain_text
 from finetune.report.headline import cards
 from finetune.report.page import commands, notices, sample_cards
@@ -324,7 +325,10 @@ def test_thinning_keeps_ends_and_spikes() -> None:
 
 def test_data_summary() -> None:
     section = data_section(DATA_REPORT)
-    sets, files = section.tables
+    sets, files, categories = section.tables
+    assert categories.rows == [["2.03 医疗健康 health", "315", "315"]]
+    assert files.columns.count("sampled") == 1
+    assert section.near_duplicates == [("train.jsonl:9", "nearly repeats train.jsonl:4")]
     assert sets.columns[:4] == ["", "rows", "documents", "tokens"]
     assert sets.rows[0] == [
         "train",
@@ -341,9 +345,9 @@ def test_data_summary() -> None:
     ]
     assert sets.rows[1][-1] == "", "the validation set is not packed"
     assert files.rows[0][:6] == ["examples/data/medical/train.jsonl", "train", "sharegpt", "1", "318", "315"]
-    assert files.numeric == [False] * 3 + [True] * 7
+    assert files.numeric == [False] * 3 + [True] * 8
     assert section.warnings == DATA_REPORT["warnings"]
-    assert section.facts == []
+    assert ("sampling · near duplicates left out", "1") in section.facts
     assert section.bad_rows[0] == (
         "examples/data/medical/train.jsonl:17",
         "the conversation starts with the assistant",
@@ -417,3 +421,24 @@ def test_agreeing_words_are_marked() -> None:
 )
 def test_numbers_read_well(shown: str, expected: str) -> None:
     assert shown == expected
+
+
+def test_what_unicode_calls_a_line_end_ends_no_line(tmp_path: Path) -> None:
+    """Models write such characters; JSON leaves them as they are."""
+    path = tmp_path / "rollouts.jsonl"
+    rows = [{"response": "一\u2028二\u2029三\x85四"}, {"response": "五"}]
+    path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
+    assert read_jsonl(path) == rows
+
+
+def test_samples_that_a_reward_scored(tmp_path: Path) -> None:
+    """There is no reference, so nothing is said of marks and F1."""
+    run = make_run(tmp_path / "run")
+    row = {"messages": [{"role": "user", "content": "问"}], "reference": "", "before": "一", "after": "二"}
+    row |= {"reward_before": -0.25, "reward_after": 3.0}
+    (run / "samples.jsonl").write_text(json.dumps(row) + "\n", encoding="utf-8")
+    text = Page(build_report(run).read_text(encoding="utf-8")).text
+    assert "Before reward -0.25" in text
+    assert "After reward 3.00" in text
+    assert "Reward-0.2503.000+3.250" in re.sub(r"\s", "", text)
+    assert "F1 counts" not in text

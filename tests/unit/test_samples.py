@@ -69,5 +69,14 @@ def test_samples_table(samples: list[Sample]) -> None:
     assert "mean of 2" in printed
     assert f"{mean_scores(samples)['char_f1_after']:.2f}" in printed
     assert printed.count("很长") > 15, "Chinese text folds, not cut at the first line's end"
+    assert "turn" not in printed
+    samples[0].messages = [
+        *samples[0].messages,
+        {"role": "assistant", "content": "休息。"},
+        *samples[0].messages,
+    ]
+    print_samples_table(samples, Console(file=output, width=140, color_system=None))
+    assert output.getvalue().removeprefix(printed).count("(turn 2) 头痛怎么办？") == 1
+    printed = output.getvalue()
     print_samples_table([], Console(file=output, width=140))
     assert output.getvalue() == printed
