@@ -8,7 +8,7 @@ import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from finetune.errors import UserError
 from finetune.files import write_json
@@ -69,7 +69,8 @@ class Pipeline:
         """
         before = ""
         for number, step in enumerate(self.steps, start=1):
-            folder, own = Path(step.output_dir), _digest(step)
+            folder = Path(step.output_dir)
+            own = _digest(step, [Path(earlier.output_dir) for earlier in self.steps[: number - 1]])
             now = {"own": own, "all": hashlib.sha256(f"{before}{own}".encode()).hexdigest()}
             known = self._done.get(step.output_dir)
             before = now["all"]
@@ -83,7 +84,8 @@ class Pipeline:
             _say(
                 f"{title}: stage {step.stage}{', again, since a step before it has changed' if stale else ''}"
             )
-            self._done.pop(step.output_dir, None)
+            if self._done.pop(step.output_dir, None) is not None:
+                self._save()  # now: whoever is killed within the step saves nothing any more
             try:
                 # A step that had not begun when the chain was interrupted begins now.
                 goes_on = resume and not stale and (folder / "recipe.yaml").is_file()
@@ -113,13 +115,17 @@ def _say(text: str) -> None:
         print(text, file=sys.stderr)
 
 
-def _digest(step: Step) -> str:
-    """Of the settings, and of the data files that they name: a file is told by its size and time."""
+def _digest(step: Step, made: Sequence[Path]) -> str:
+    """Of the settings, and of the data files that they name: a file is told by its size and time.
+
+    Args:
+        step: whose settings.
+        made: folders of the steps before it. What these wrote is told by their own digests.
+    """
     files = []
-    data: Any = getattr(step, "data", None)
-    for source in [*data.train_sources(), *data.validation_sources()] if data is not None else []:
-        path = Path(step.resolve(source.path))
-        if path.is_file():
+    for name in step.input_files():
+        path = Path(step.resolve(name))
+        if path.is_file() and not any(path.absolute().is_relative_to(folder.absolute()) for folder in made):
             files.append(f"{path} {path.stat().st_size} {path.stat().st_mtime_ns}")
     return hashlib.sha256("\n".join([step.dump(), *files]).encode()).hexdigest()
 

@@ -52,5 +52,15 @@ STAGES: dict[str, Stage] = {
     "reward": _rlhf("reward", "RewardRecipe"),
     "dpo": _rlhf("dpo", "DPORecipe"),
     "ppo": _rlhf("ppo", "PPORecipe"),
+    "redteam": Stage(
+        "rlhf.safety.redteam_stage:run",
+        recipe="rlhf.safety.recipe:RedTeamRecipe",
+        check="rlhf.safety.redteam_stage:check",
+    ),
+    "aim": Stage(
+        "rlhf.safety.aim_stage:run",
+        recipe="rlhf.safety.recipe:AimRecipe",
+        check="rlhf.safety.aim_stage:check",
+    ),
 }
 """A recipe's `stage` → what stands behind it."""

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from finetune.errors import UserError
 from finetune.stage_table import STAGES
+from finetune.train.peak import reset_peak_memory
 
 if TYPE_CHECKING:
     from finetune.recipe.schema import Recipe, Step
@@ -95,7 +96,8 @@ def run_recipe(
 
 
 def _run_step(step: Step, *, resume: bool, overwrite: bool) -> Path:
-    """Do one step; what follows in a pipeline needs the memory that its model held."""
+    """Do one step; what follows in a pipeline needs the memory that its model held, and tells its own peak."""
+    reset_peak_memory()
     try:
         return _function(step.stage)(step, resume=resume, overwrite=overwrite)
     finally:
@@ -112,7 +114,6 @@ def _release_memory() -> None:
     torch = sys.modules.get("torch")
     if torch is not None and torch.cuda.is_available():
         torch.cuda.empty_cache()
-        torch.cuda.reset_peak_memory_stats()
 
 
 def launch(arguments: Sequence[str], processes: int) -> None:

@@ -11,6 +11,7 @@ import pytest
 import yaml
 from tiny_run import finetune, interrupt_at, metrics, write_recipe
 
+from finetune.pipeline import Pipeline
 from finetune.recipe import load_pipeline
 
 TALK = ("--prompt", "问题1：怎么办？", "--greedy", "--max-new-tokens", 12)
@@ -37,6 +38,19 @@ def write_chain(folder: Path, base: Path) -> Path:
 
 def losses(run: Path) -> list[float]:
     return [line["loss"] for line in metrics(run) if "loss" in line]
+
+
+def test_a_chain_is_checked_before_it_has_run(tiny_base: Path, tmp_path: Path) -> None:
+    """What an earlier step makes is awaited; what none makes is missed."""
+    pipeline, chain = write_chain(tmp_path, tiny_base), tmp_path / "chain"
+    output = finetune("check", pipeline)
+    assert output.count("the recipe can run") == 1
+    assert f"note: {chain / 'first' / 'adapter'} is not there yet" in output
+    assert f"second: stage sft: {chain / 'merged'} is not there yet" in output
+    second = tmp_path / "second.yaml"
+    text = second.read_text(encoding="utf-8")
+    second.write_text(text.replace(str(chain / "merged"), str(tmp_path / "nowhere")), encoding="utf-8")
+    assert "nowhere" in finetune("check", pipeline, expect=2)
 
 
 def test_a_chain_runs_once(tiny_base: Path, tmp_path: Path) -> None:
@@ -141,6 +155,27 @@ def test_a_step_cannot_write_where_the_page_is(tiny_bases: dict[str, Path], tmp_
     second.write_text(text, encoding="utf-8")
     (tmp_path / "clash.yaml").write_text("pipeline: [first.yaml, second.yaml]\n", encoding="utf-8")
     assert "where the page of the pipeline would be" in finetune("run", tmp_path / "clash.yaml", expect=2)
+
+
+def test_a_step_that_is_done_again_counts_as_done_when_it_is(
+    tiny_bases: dict[str, Path], tmp_path: Path
+) -> None:
+    """A process that is killed within it leaves the file as it is then."""
+    chain = tmp_path / "chain"
+    steps = load_pipeline(write_chain(tmp_path, tiny_bases["rope"]), [])
+    done: list[list[str]] = []
+
+    def run_step(step: Any, *, resume: bool, overwrite: bool) -> Path:
+        state = chain / "pipeline.json"
+        listed = json.loads(state.read_text(encoding="utf-8"))["done"] if state.is_file() else {}
+        done.append(sorted(Path(folder).name for folder in listed))
+        Path(step.output_dir).mkdir(parents=True, exist_ok=True)
+        return Path(step.output_dir)
+
+    list(Pipeline("chain", steps).run(run_step, resume=False, overwrite=False))
+    (chain / "merged").rmdir()
+    list(Pipeline("chain", steps).run(run_step, resume=False, overwrite=False))
+    assert done == [[], ["first"], ["first", "merged"], ["first", "second"]]
 
 
 def test_the_base_is_where_the_chain_begins(tiny_bases: dict[str, Path], tmp_path: Path) -> None:
