@@ -53,6 +53,11 @@ class RlhfRecipe(Recipe):
                 f"{adapter.init} changes the base, which stage {self.stage} shares with other adapters: "
                 "set it to default, gaussian or orthogonal",
             )
+        if self.model.embeddings == "int8" and self.stage != "reward":
+            yield (
+                "model.embeddings",
+                f"stage {self.stage} multiplies by the head in 16 bits: set model.embeddings to full",
+            )
         if self.train.z_loss_weight > 0:
             yield "train.z_loss_weight", f"stage {self.stage} has no max-z loss: remove this key"
 

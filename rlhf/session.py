@@ -5,7 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
+from finetune.adapters.base_identity import check_same_base
 from finetune.adapters.build import attach_adapter, check_adapter_folder, load_adapter
+from finetune.adapters.training_note import read_training_note
 from finetune.baichuan.load import base_is_sharded
 from finetune.errors import UserError
 from finetune.train.runner import Session
@@ -37,15 +39,13 @@ class RlhfSession(Session):
                 f"stage {recipe.stage} needs the whole base in each process, and FSDP or ZeRO-3 cuts it up",
                 hint="use recipes/accelerate/ddp.yaml, with model.quantization=nf4 if the base is too large",
             )
-        return super().settle(with_start_adapter(cast(RlhfRecipe, recipe)), base)
+        return super().settle(with_start_adapter(cast(RlhfRecipe, recipe), base), base)
 
     def load_model(self) -> Any:
         """The frozen base."""
-        from finetune.baichuan.load import load_model
+        from finetune.train.base import load_base
 
-        model = load_model(self.recipe.model, self.base)
-        model.config.use_cache = False
-        return model
+        return load_base(self.recipe, self.base)
 
     def attach(self, model: Any) -> PeftModel:
         """The trainable adapter on a base, new or the one to start from."""
@@ -84,11 +84,11 @@ def start_folder(recipe: RlhfRecipe) -> Path | None:
     return None if recipe.model.adapter is None else Path(recipe.resolve(recipe.model.adapter))
 
 
-def with_start_adapter(recipe: RlhfRecipe) -> RlhfRecipe:
+def with_start_adapter(recipe: RlhfRecipe, base: Base) -> RlhfRecipe:
     """The recipe with the settings of the adapter that it starts from in its section adapter.
 
     Raises:
-        UserError: the folder is no adapter, or none that can be gone on from.
+        UserError: the folder is no adapter, or none that can be gone on from on this base.
     """
     folder = start_folder(recipe)
     if folder is None:
@@ -101,6 +101,7 @@ def with_start_adapter(recipe: RlhfRecipe) -> RlhfRecipe:
             f"model.adapter: {folder}: a {config.get('peft_type')} adapter, and stage {recipe.stage} needs LoRA",
             hint="train the first stage with adapter.method=lora, or merge another adapter and start from that",
         )
+    _check_base(folder, base)
     targets: Any = config.get("target_modules")
     settings = recipe.adapter.model_copy(
         update={
@@ -113,3 +114,15 @@ def with_start_adapter(recipe: RlhfRecipe) -> RlhfRecipe:
         }
     )
     return recipe.model_copy(update={"adapter": settings})
+
+
+def _check_base(adapter: Path, base: Base) -> None:
+    """Refuse an adapter on weights that its training did not see, if it recorded which those were."""
+    note = read_training_note(adapter)
+    if not note.get("base_fingerprint"):
+        return
+    try:
+        check_same_base(adapter, {}, note, base)
+    except UserError as error:
+        hint = f"set model.base={note.get('base')}, or start from an adapter of {base.name}"
+        raise UserError(f"model.adapter: {error.args[0]}", hint=hint) from error

@@ -10,6 +10,7 @@ from finetune.check import check_training
 from finetune.files import write_json
 from finetune.report.sections import write_sections
 from finetune.train.runner import run_stage
+from finetune.words import are, plural
 from rlhf.dpo.data import PreparedPairs, prepare_pairs
 from rlhf.dpo.recipe import DPORecipe
 from rlhf.preferences import prepare_preferences
@@ -24,6 +25,19 @@ if TYPE_CHECKING:
     from rlhf.dpo.trainer import DPOAdapterTrainer, ResponseLogprobs
 
 EVALUATION_FILE = "evaluation.json"
+CURVES = (
+    {"key": "rewards/margins", "title": "Implicit reward, chosen less rejected"},
+    {"key": "rewards/accuracies", "title": "Pairs in the right order", "share": True},
+    {"key": "rewards/chosen", "title": "Implicit reward of chosen responses"},
+    {"key": "rewards/rejected", "title": "Implicit reward of rejected responses"},
+    {"key": "logps/chosen", "title": "Log-probability of chosen responses, nats"},
+    {"key": "logps/rejected", "title": "Log-probability of rejected responses, nats"},
+    {"key": "entropy", "title": "Entropy of the policy, nats a token", "from_zero": True},
+    {"key": "mean_token_accuracy", "title": "Response tokens predicted", "share": True},
+    {"key": "logits/chosen", "title": "Mean logit on chosen responses"},
+    {"key": "logits/rejected", "title": "Mean logit on rejected responses"},
+)
+"""What the lines of metrics.jsonl say, in the form of `finetune.report.sections`; the numbers are trl's."""
 
 
 def run(recipe: Recipe, *, resume: bool = False, overwrite: bool = False) -> Path:
@@ -107,18 +121,18 @@ class DPOSession(RlhfSession):
                 heading="Implicit rewards",
                 text=self._in_words(),
             )
-            write_sections(self.run.path, [section])
+            write_sections(self.run.path, [section], curves=CURVES)
         return {"eval_accuracy": self.metrics.accuracy if held_out else None, **self.logprobs}
 
     def _in_words(self) -> str:
-        values = self.logprobs
+        values, pairs = self.logprobs, self.metrics.pairs
         before, after = (
             {name: values[f"{name}_logp_{moment}"] for name in ("chosen", "rejected")}
             for moment in ("before", "after")
         )
         return (
             f"By the implicit reward, {self.settings.dpo.beta:g} × (log-probability − the reference's), "
-            f"{self.metrics.accuracy:.1%} of {self.metrics.pairs:,} pairs are in the right order. The best "
+            f"{self.metrics.accuracy:.1%} of {plural(pairs, 'pair')} {are(pairs)} in the right order. The best "
             f"responses' log-probability a token went from {before['chosen']:.3f} to {after['chosen']:.3f}, the "
             f"worst ones' from {before['rejected']:.3f} to {after['rejected']:.3f}."
         )

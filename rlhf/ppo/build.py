@@ -26,6 +26,7 @@ def build_models(
     from transformers import set_seed
 
     from finetune.adapters.build import adapter_config, check_targets
+    from finetune.baichuan.checkpointing import Checkpointing
     from finetune.baichuan.load import load_model
 
     lm = load_model(recipe.model, base)
@@ -49,5 +50,6 @@ def build_models(
         models.add_new(CRITIC, config)
     head.to(models.device)
     if recipe.train.gradient_checkpointing:
+        lm.checkpointing = Checkpointing.of(recipe.train)
         models.checkpoint_activations()
     return models, head, rewards

@@ -13,6 +13,8 @@ import torch
 from finetune.errors import UserError
 from finetune.files import write_text
 from finetune.train.run_folder import TRAINABLE_FILE, RunFolder, step_of
+from finetune.words import plural
+from rlhf.ppo.inputs import check_inputs
 from rlhf.ppo.randomness import random_state, set_random_state
 
 if TYPE_CHECKING:
@@ -69,6 +71,7 @@ def _write_state(trainer: PPOTrainer, folder: Path) -> None:
         "tokens": trainer.tokens,
         "combination": trainer.rewards.combine.state_dict(),
         "processes": trainer.accelerator.num_processes,
+        "inputs": trainer.inputs,
     }
     write_text(folder / STATE_FILE, json.dumps(state, indent=2) + "\n")
 
@@ -77,17 +80,18 @@ def load_checkpoint(trainer: PPOTrainer, folder: Path) -> None:
     """Put a trainer into the state of a checkpoint.
 
     Raises:
-        UserError: it is of another shape, or of another number of processes.
+        UserError: it is of another shape, of another number of processes, or of other inputs.
     """
     from safetensors.torch import load_file
 
     state = json.loads((folder / STATE_FILE).read_text(encoding="utf-8"))
     processes = trainer.accelerator.num_processes
-    if state["processes"] != processes:
+    if (wrote := state["processes"]) != processes:
         raise UserError(
-            f"{folder}: written by {state['processes']} processes, and this run has {processes}",
-            hint=f"resume with --processes {state['processes']}, since each has random numbers of its own",
+            f"{folder}: written by {plural(wrote, 'process', 'processes')}, and this run has {processes}",
+            hint=f"resume with --processes {wrote}, since each has random numbers of its own",
         )
+    check_inputs(trainer.inputs, state["inputs"], checkpoint=folder)
     saved = load_file(folder / TRAINABLE_FILE)
     wanted = {f"{name}:{key}": p for name, p, key in _parameters(trainer)}
     wanted |= {f"average:{key}": average for key, average in trainer.average.items()}
@@ -105,6 +109,7 @@ def load_checkpoint(trainer: PPOTrainer, folder: Path) -> None:
             each.load_state_dict(states[name])
     trainer.iteration, trainer.tokens = state["iteration"], state["tokens"]
     trainer.kl_coef = state["kl_coef"]
+    trainer.engine.actor_changed()
     trainer.rewards.combine.load_state_dict(state["combination"])
     set_random_state(torch.load(folder / _random_file(trainer), map_location="cpu", weights_only=True))
 

@@ -65,7 +65,6 @@ def describe(experience: Experience, responses: int, reduce: Reduce) -> dict[str
     rows = range(len(rollout.prompts))
     per_response = {
         "reward": experience.scores,
-        "reward_square": experience.scores.square(),
         "kl": experience.kl,
         **raw,
         "response_length": rollout.lengths,
@@ -77,9 +76,11 @@ def describe(experience: Experience, responses: int, reduce: Reduce) -> dict[str
     entropy, tokens = reduce(torch.stack([experience.entropy.sum(), mask.sum()])).tolist()
     explained = explained_variance(experience.values, experience.returns, mask, reduce=reduce)
     reward = means.pop("reward")
+    # Around the mean: from the mean square, equal rewards would seem to differ by rounding.
+    squares = reduce((experience.scores.to(mask.device).double() - reward).square().sum())
     return {
         "reward": reward,
-        "reward_std": max(means.pop("reward_square") - reward**2, 0.0) ** 0.5,
+        "reward_std": (float(squares) / responses) ** 0.5,
         "kl": means.pop("kl"),
         "entropy": entropy / max(tokens, 1),
         "explained_variance": float(explained),

@@ -9,7 +9,10 @@ from statistics import fmean
 from typing import TYPE_CHECKING, Any
 
 from finetune.files import write_text
-from finetune.train.callbacks import MetricsCallback, peak_memory_bytes
+from finetune.report.files import read_jsonl
+from finetune.terminal import training_bar
+from finetune.train.callbacks import MetricsCallback
+from finetune.train.peak import peak_memory_bytes
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -52,7 +55,7 @@ def signs(history: History, *, kl_bound: float) -> dict[str, str]:
             f"the KL to the reference is {now['kl']:.1f} nats a response, above {kl_bound:g}: the policy has "
             "left the text that the reward is known on; raise ppo.kl_start or ppo.kl_end"
         )
-    if len(last) == WINDOW and all(row["reward_std"] == 0 for row in last):
+    if len(last) == WINDOW and all(_all_equal(row) for row in last):
         found["equal"] = (
             f"all rewards of the last {WINDOW} iterations are equal: there is nothing to learn from them"
         )
@@ -87,6 +90,11 @@ def signs(history: History, *, kl_bound: float) -> dict[str, str]:
     return found
 
 
+def _all_equal(row: dict[str, Any]) -> bool:
+    """But for rounding: sums of equal float32 numbers differ in their last bits."""
+    return row["reward_std"] <= 1e-6 * max(1.0, abs(row["reward"]))
+
+
 _WATCHED = ("kl", "reward", "reward_std", "response_length", "repetition", "entropy", "eos_share")
 
 
@@ -102,17 +110,14 @@ class Monitor:
     ) -> None:
         self.run, self.recipe, self.console, self.main = run, recipe, console, main
         self.metrics = MetricsCallback(run, resumed_step=iteration)  # drops what is past the iteration
-        self.history: History = self._read(run.metrics)
+        self.history: History = read_jsonl(run.metrics) if run.metrics.is_file() else []
         self._cut_rollouts(iteration)
         self._told: dict[str, str] = {}
         for end in range(1, len(self.history) + 1):
-            self._told = {**signs(self.history[:end], kl_bound=recipe.ppo.kl_warning), **self._told}
+            for kind, message in signs(self.history[:end], kl_bound=recipe.ppo.kl_warning).items():
+                self._told.setdefault(kind, message)
         self._said = 0.0
         self._bar: Any = None
-
-    @staticmethod
-    def _read(path: Any) -> History:
-        return [json.loads(line) for line in path.read_text("utf-8").splitlines()] if path.is_file() else []
 
     @property
     def warnings(self) -> list[str]:
@@ -135,8 +140,7 @@ class Monitor:
         }
         self.history.append(line)
         last = iteration == self.recipe.ppo.iterations
-        if iteration % self.recipe.train.log_every == 0 or last:
-            self.metrics.write(line)
+        self.metrics.write(line)
         if iteration == 1 or iteration % self.recipe.ppo.samples_every == 0 or last:
             self._write_rollouts(iteration, experience)
         for kind, message in signs(self.history, kl_bound=self.recipe.ppo.kl_warning).items():
@@ -167,9 +171,10 @@ class Monitor:
     def _cut_rollouts(self, iteration: int) -> None:
         path = self.run.path / ROLLOUTS_FILE
         if self.main and path.is_file():
-            lines = path.read_text(encoding="utf-8").splitlines()
-            kept = [line for line in lines if line.endswith("}") and json.loads(line)["step"] <= iteration]
-            write_text(path, "".join(f"{line}\n" for line in kept))
+            rows = [
+                row for row in read_jsonl(path) if row["step"] <= iteration
+            ]  # without one torn by a crash
+            write_text(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
 
     # ---- terminal ----
 
@@ -187,19 +192,7 @@ class Monitor:
 
     def _progress(self) -> Any:
         if self._bar is None:
-            from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-
-            self._bar = Progress(
-                TextColumn("PPO"),
-                BarColumn(),
-                MofNCompleteColumn(),
-                TextColumn("{task.fields[numbers]}"),
-                TimeRemainingColumn(),
-                console=self.console,
-                transient=True,
-            )
-            self._bar.start()
-            self._task = self._bar.add_task("", total=self.recipe.ppo.iterations, numbers="")
+            self._bar, self._task = training_bar(self.console, "PPO", total=self.recipe.ppo.iterations)
         return self._bar
 
     def close(self) -> None:

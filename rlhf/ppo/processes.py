@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from rlhf.ppo.rewards import RewardError
+from rlhf.ppo.errors import RunStopped
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -29,8 +29,13 @@ class Processes:
         self.count: int = accelerator.num_processes
 
     def sum(self, tensor: torch.Tensor) -> torch.Tensor:
-        """The sum of a tensor over all processes."""
-        return self._accelerator.reduce(tensor, "sum") if self.count > 1 else tensor
+        """The sum of a tensor over all processes, on the device of the tensor.
+
+        It is summed on this process's own device: GPUs' processes cannot sum what lies on the CPU, as scores do.
+        """
+        if self.count == 1:
+            return tensor
+        return self._accelerator.reduce(tensor.to(self._accelerator.device), "sum").to(tensor.device)
 
     def any(self, flag: bool) -> bool:
         """Whether it is set in any process."""
@@ -40,17 +45,17 @@ class Processes:
 
     @contextmanager
     def all_or_none(self) -> Iterator[None]:
-        """A `RewardError` that one process raises within, all raise: none is left waiting for the others."""
-        error: RewardError | None = None
+        """Where one process is stopped within, all are: none is left waiting for the others."""
+        error: RunStopped | None = None
         try:
             yield
-        except RewardError as found:
+        except RunStopped as found:
             error = found
-        failed = self.any(error is not None)
+        stopped = self.any(error is not None)
         if error is not None:
             raise error
-        if failed:
-            raise RewardError("a reward failed in another process")
+        if stopped:
+            raise RunStopped("training stopped, since another process cannot go on")
 
     def minibatches(self, batch_size: int, size: int, epochs: int, *, seed: str) -> Iterator[torch.Tensor]:
         """This process's rows of each minibatch; there may be none.

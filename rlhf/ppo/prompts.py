@@ -14,16 +14,18 @@ from __future__ import annotations
 
 import random
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import islice
 from typing import TYPE_CHECKING, Any
 
 from finetune.data.checking import check_messages
 from finetune.data.formats import ROLE_ALIASES
 from finetune.data.loading import refuse_bad_rows
-from finetune.data.records import BadRow, Message, Row, RowError
+from finetune.data.records import BadRow, Location, Message, Row, RowError
+from finetune.data.sampling import Candidate, SamplingReport, category_in, choose
 from finetune.data.sources import open_source
 from finetune.errors import UserError
+from rlhf.ppo.recipe import portions
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -43,10 +45,16 @@ class Prompt:
     Attributes:
         messages: without an answer.
         ids: as the model reads it, ending where the answer begins.
+        location: where it was read.
+        category: what the column data.sampling.column says.
+        source: which one of the recipe's list it was read from, counted from 0.
     """
 
     messages: list[Message]
     ids: list[int]
+    location: Location = field(default_factory=lambda: Location("", 0))
+    category: str | None = None
+    source: int = 0
 
 
 @dataclass
@@ -58,12 +66,14 @@ class Prompts:
         held_out: to look at; empty where nothing is held out.
         bad_rows: rows that were left out.
         files: (split, name, rows read, prompts kept).
+        sampling: what data.sampling did to the prompts to sample from; None without it.
     """
 
     train: list[Prompt]
     held_out: list[Prompt]
     bad_rows: list[BadRow] = field(default_factory=list)
     files: list[tuple[str, str, int, int]] = field(default_factory=list)
+    sampling: SamplingReport | None = None
 
     def report(self) -> dict[str, Any]:
         """For data_report.json."""
@@ -74,6 +84,11 @@ class Prompts:
                 for split, name, rows, kept in self.files
             ],
             "bad_rows": [row.as_dict() for row in self.bad_rows],
+            **(
+                {"sampling": self.sampling.as_dict(), "warnings": self.sampling.warnings()}
+                if self.sampling
+                else {}
+            ),
             **{
                 split: {"tokens": _statistics([len(prompt.ids) for prompt in prompts])}
                 for split, prompts in (("train", self.train), ("validation", self.held_out))
@@ -107,27 +122,65 @@ def load_prompts(recipe: PPORecipe, tokenizer: PreTrainedTokenizerBase) -> Promp
         ("validation", data.validation_sources(), found.held_out),
         ("train", data.train_sources(), found.train),
     ):
-        for source in sources:
-            for name, rows, prompts in _read(source, recipe, tokenizer, found.bad_rows):
+        column = data.sampling.column if data.sampling and split == "train" else None
+        for number, source in enumerate(sources):
+            for name, rows, prompts in _read(source, recipe, tokenizer, found.bad_rows, column):
                 before = len(seen)
                 for prompt in prompts:
                     if (key := tuple(prompt.ids)) not in seen:
                         seen.add(key)
-                        target.append(prompt)
+                        target.append(replace(prompt, source=number))
                 found.files.append((split, name, rows, len(seen) - before))
     if data.on_bad_rows == "stop":
         refuse_bad_rows(found.bad_rows, sum(rows for *_, rows, _ in found.files))
+    if data.sampling is not None:
+        _sample(found, recipe)
     if data.validation_share > 0:
         random.Random(recipe.seed).shuffle(found.train)
         cut = round(data.validation_share * len(found.train))
         found.held_out, found.train = found.train[:cut], found.train[cut:]
     if not found.train:
         raise UserError("data.train: no prompts are left", hint="a data set holds at least one prompt")
+    _check_shares(recipe, found.train)
     return found
 
 
+def _sample(found: Prompts, recipe: PPORecipe) -> None:
+    """Leave what data.sampling takes of the prompts to sample from."""
+    assert recipe.data.sampling is not None
+    candidates = [
+        Candidate(
+            next(turn["content"] for turn in prompt.messages if turn["role"] == "user"),
+            prompt.location,
+            prompt.category,
+        )
+        for prompt in found.train
+    ]
+    chosen, found.sampling = choose(
+        candidates, recipe.data.sampling, seed=recipe.seed, resolve=recipe.resolve
+    )
+    found.train = [prompt for index, prompt in enumerate(found.train) if index in chosen]
+
+
+def _check_shares(recipe: PPORecipe, prompts: Sequence[Prompt]) -> None:
+    if recipe.ppo.prompt_shares is None:
+        return
+    left = {prompt.source for prompt in prompts}
+    for number, source in enumerate(recipe.data.train_sources()):
+        if number not in left:
+            raise UserError(
+                f"ppo.prompt_shares: no prompts are left of {source.path} "
+                "(repeated ones count once, where they come first)",
+                hint="leave the source and its share out, or give it other prompts",
+            )
+
+
 def _read(
-    source: Source, recipe: PPORecipe, tokenizer: PreTrainedTokenizerBase, bad_rows: list[BadRow]
+    source: Source,
+    recipe: PPORecipe,
+    tokenizer: PreTrainedTokenizerBase,
+    bad_rows: list[BadRow],
+    column: str | None,
 ) -> list[tuple[str, int, list[Prompt]]]:
     """(name, rows, prompts) of each file of a source; rows that cannot be used go to ``bad_rows``."""
     files = []
@@ -141,14 +194,16 @@ def _read(
                 bad_rows.append(row)
                 continue
             try:
-                prompts.append(_encode(_messages_of(row, recipe.data.system), recipe, tokenizer))
+                messages, category = _messages_of(row, recipe.data.system), category_in(row.columns, column)
+                ids = _encode(messages, recipe, tokenizer)
+                prompts.append(Prompt(messages, ids, row.location, category))
             except RowError as error:
                 bad_rows.append(BadRow(row.location, str(error)))
         files.append((name, len(rows), prompts))
     return files
 
 
-def _encode(messages: list[Message], recipe: PPORecipe, tokenizer: PreTrainedTokenizerBase) -> Prompt:
+def _encode(messages: list[Message], recipe: PPORecipe, tokenizer: PreTrainedTokenizerBase) -> list[int]:
     from finetune.baichuan.chat import build_prompt
 
     room = recipe.data.max_length - recipe.ppo.max_new_tokens
@@ -158,7 +213,7 @@ def _encode(messages: list[Message], recipe: PPORecipe, tokenizer: PreTrainedTok
             f"the prompt has {len(ids):,} tokens, and data.max_length {recipe.data.max_length:,} less "
             f"ppo.max_new_tokens {recipe.ppo.max_new_tokens:,} leaves {room:,}"
         )
-    return Prompt(messages, ids)
+    return ids
 
 
 def _messages_of(row: Row, system: str | None) -> list[Message]:
@@ -193,7 +248,33 @@ def _message(turn: Any, number: int) -> Message:
     return {"role": ROLE_ALIASES.get(role.strip().lower(), role), "content": content}  # type: ignore[dict-item]
 
 
-def prompt_order(count: int, iteration: int, batch_size: int, seed: int) -> list[int]:
+def iteration_prompts(
+    prompts: Sequence[Prompt],
+    iteration: int,
+    *,
+    batch_size: int,
+    seed: int,
+    shares: Sequence[float] | None = None,
+) -> list[Prompt]:
+    """The prompts of an iteration, a function of the iteration alone.
+
+    Args:
+        prompts: to take from.
+        iteration: counted from 0.
+        batch_size: so many are taken.
+        seed: decides the order.
+        shares: of each source, in every iteration; None takes from all prompts alike.
+    """
+    if shares is None:
+        return [prompts[i] for i in prompt_order(len(prompts), iteration, batch_size, seed)]
+    chosen: list[Prompt] = []
+    for source, portion in enumerate(portions(shares, batch_size)):
+        own = [prompt for prompt in prompts if prompt.source == source]
+        chosen += [own[i] for i in prompt_order(len(own), iteration, portion, f"{seed}/{source}")]
+    return chosen
+
+
+def prompt_order(count: int, iteration: int, batch_size: int, seed: int | str) -> list[int]:
     """Which prompts an iteration takes: each once before any comes again, in an order of its own each time round.
 
     A function of the iteration alone, so that a resumed run takes the prompts that it would have taken.

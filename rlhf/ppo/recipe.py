@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from typing import Annotated, Any, ClassVar, Literal
+from collections.abc import Iterator, Sequence
+from typing import Annotated, ClassVar, Literal
 
 import yaml
 from pydantic import Discriminator, Field, Tag, field_validator
 
 from finetune.recipe.combinations import Problem
-from finetune.recipe.schema import Adapter, Data, Section, Text, Train
+from finetune.recipe.schema import Adapter, Data, Section, Text, Train, path_or_list, path_or_section
 from finetune.recipe.yaml_text import dump_yaml
 from rlhf.recipe import RlhfRecipe
 
@@ -19,7 +19,10 @@ UNREAD_TRAIN_KEYS = (
     "eval_batch_size",
     "gradient_accumulation",
     "eval_every",
+    "log_every",
     "z_loss_weight",
+    "kernels",
+    "compile",
 )
 """Keys of section train that PPO has no use for: what takes their place is in section ppo."""
 
@@ -51,22 +54,10 @@ class RewardPart(Section):
         return path
 
 
-def _part_kind(value: Any) -> str | None:
-    if isinstance(value, str):
-        return "<path>"
-    return "<part>" if isinstance(value, (dict, RewardPart)) else None
-
-
-def _reward_kind(value: Any) -> str | None:
-    if isinstance(value, str):
-        return "<path>"
-    return "<list>" if isinstance(value, list) else None
-
-
 _OnePart = Annotated[
-    Annotated[Text, Tag("<path>")] | Annotated[RewardPart, Tag("<part>")],
+    Annotated[Text, Tag("<path>")] | Annotated[RewardPart, Tag("<section>")],
     Discriminator(
-        _part_kind,
+        path_or_section,
         custom_error_type="reward_part",
         custom_error_message="expected a path or {path: ..., weight: ..., name: ...}",
     ),
@@ -74,7 +65,7 @@ _OnePart = Annotated[
 Rewards = Annotated[
     Annotated[Text, Tag("<path>")] | Annotated[Annotated[list[_OnePart], Field(min_length=1)], Tag("<list>")],
     Discriminator(
-        _reward_kind,
+        path_or_list,
         custom_error_type="rewards",
         custom_error_message="expected a path or a list of paths and {path: ..., weight: ...} entries",
     ),
@@ -109,7 +100,47 @@ class PPOTrain(Train):
     weight_decay: float = Field(default=0.0, ge=0, description="AdamW's weight decay")
     max_grad_norm: float = Field(default=0.5, gt=0, description="gradients are scaled down to this norm")
     save_every: int | None = Field(default=25, ge=1, description="iterations between checkpoints")
-    log_every: int = Field(default=1, ge=1, description="iterations between lines of metrics.jsonl")
+    kernels: Literal["auto", "none", "liger"] = Field(default="none", description="always none")
+
+
+class Join(Section):
+    """How several rewards become one; all scores are normalised."""
+
+    method: Literal["weighted", "gate", "lagrangian"] = Field(
+        default="weighted",
+        description="weighted sum; gate: harmless below the threshold overrides the others; lagrangian: the others "
+        "under a constraint on harm, with a learned multiplier",
+    )
+    harmless: Text = Field(
+        default="harmless", description="gate, lagrangian: name of the reward that the others give way to"
+    )
+    threshold: float = Field(default=0.0, description="gate: harmless scores from here on pass")
+    multiplier: float = Field(
+        default=1.0, gt=0, description="lagrangian: price of harm in the first iteration"
+    )
+    multiplier_rate: float = Field(
+        default=0.1, gt=0, description="lagrangian: step size of the multiplier's logarithm"
+    )
+    multiplier_max: float = Field(
+        default=10.0, gt=0, description="lagrangian: the multiplier grows no further"
+    )
+    cost_limit: float = Field(
+        default=0.0, description="lagrangian: mean cost (minus the harmless score) that is allowed"
+    )
+    cost_decay: float = Field(
+        default=0.5,
+        ge=0,
+        lt=1,
+        description="lagrangian: decay of the moving average of an iteration's mean cost",
+    )
+
+
+JOIN_KEYS = {
+    "weighted": (),
+    "gate": ("harmless", "threshold"),
+    "lagrangian": ("harmless", "multiplier", "multiplier_rate", "multiplier_max", "cost_limit", "cost_decay"),
+}
+"""Keys that each method of joining reads."""
 
 
 class PPO(Section):
@@ -118,6 +149,10 @@ class PPO(Section):
     reward: Rewards = Field(
         description="adapter folder of stage reward, merged reward model, package.module:function, or a list of "
         "them with weights"
+    )
+    prompt_shares: Annotated[list[Annotated[float, Field(gt=0, le=1)]], Field(min_length=1)] | None = Field(
+        default=None,
+        description="share of each source of data.train in the prompts of every iteration; null takes all alike",
     )
     iterations: int = Field(default=350, ge=1, description="rollouts with the update after each")
     batch_size: int = Field(default=64, ge=1, description="responses an iteration, over all processes")
@@ -142,6 +177,13 @@ class PPO(Section):
     top_k: int = Field(default=0, ge=0, description="sample from so many tokens; 0 is all, as PPO assumes")
     top_p: float = Field(
         default=1.0, gt=0, le=1, description="sample from this much probability; 1 is all, as PPO assumes"
+    )
+    rollout_engine: Literal["transformers", "vllm"] = Field(
+        default="transformers",
+        description="who samples; vllm is faster and wants memory for a base of its own",
+    )
+    vllm_memory: float = Field(
+        default=0.4, gt=0, lt=1, description="vllm: share of the GPU's memory for its base and cache"
     )
     rollout_batch_size: int = Field(default=16, ge=1, description="responses sampled on each device at once")
 
@@ -175,6 +217,12 @@ class PPO(Section):
     kl_warning: float = Field(
         default=30.0, gt=0, description="warn about a KL to the reference above this, nats a response"
     )
+    kl_limit: float | None = Field(
+        default=5.0,
+        gt=0,
+        description="stop the run, its state saved, at a KL to the reference above this, nats a token: what is "
+        "sampled is no text any more; null never does",
+    )
     early_stop_kl: float | None = Field(
         default=None,
         gt=0,
@@ -195,12 +243,16 @@ class PPO(Section):
 class PPORecipe(RlhfRecipe):
     """One run of stage ppo."""
 
-    unread: ClassVar[frozenset[str]] = frozenset(f"train.{key}" for key in UNREAD_TRAIN_KEYS)
+    unread: ClassVar[frozenset[str]] = frozenset(
+        {"report.max_new_tokens", *(f"train.{key}" for key in UNREAD_TRAIN_KEYS)}
+    )
+    changeable: ClassVar[frozenset[str]] = frozenset({"ppo.kl_warning", "ppo.kl_limit", "ppo.samples_every"})
 
     adapter: PromptAdapter = Field(default_factory=PromptAdapter)
     data: PromptData
     train: PPOTrain = Field(default_factory=PPOTrain)
     ppo: PPO
+    join: Join = Field(default_factory=Join)
 
     def reward_parts(self) -> list[RewardPart]:
         """The rewards as a list, names filled in, no two alike."""
@@ -217,7 +269,50 @@ class PPORecipe(RlhfRecipe):
 
     def problems(self) -> list[Problem]:
         """Beside those of every stage of rlhf: those of PPO."""
-        return [*super().problems(), *self._ppo_problems()]
+        return [
+            *super().problems(),
+            *self._ppo_problems(),
+            *self._join_problems(),
+            *self._share_problems(),
+        ]
+
+    def _join_problems(self) -> Iterator[Problem]:
+        join, parts = self.join, self.reward_parts()
+        for key in sorted(join.model_fields_set - {"method", *JOIN_KEYS[join.method]}):
+            yield f"join.{key}", f"has no effect with join.method {join.method}: remove this key"
+        names = [str(part.name) for part in parts]
+        if join.method != "weighted":
+            if join.harmless not in names or len(names) < 2:
+                yield (
+                    "join.harmless",
+                    f"{join.method} needs a reward of the name {join.harmless} and another one, found "
+                    f"{', '.join(names)}: name it, or give the rewards names",
+                )
+                return
+            if any(part.name == join.harmless and part.weight != 1 for part in parts):
+                yield (
+                    "ppo.reward",
+                    f"the weight of {join.harmless} has no effect with join.method {join.method}: remove it",
+                )
+            parts = [part for part in parts if part.name != join.harmless]
+        if all(part.weight == 0 for part in parts):
+            yield "ppo.reward", "all weights are 0: there is nothing to learn from"
+        if join.method == "lagrangian" and join.multiplier > join.multiplier_max:
+            yield "join.multiplier", f"is above join.multiplier_max {join.multiplier_max:g}: lower it"
+
+    def _share_problems(self) -> Iterator[Problem]:
+        shares, sources = self.ppo.prompt_shares, self.data.train_sources()
+        if shares is None:
+            return
+        if len(shares) != len(sources):
+            yield (
+                "ppo.prompt_shares",
+                f"expected one for each of the {len(sources)} sources of data.train, found {len(shares)}",
+            )
+        elif abs(sum(shares) - 1) > 1e-6:
+            yield "ppo.prompt_shares", f"add up to {sum(shares):g}, expected 1"
+        elif 0 in portions(shares, self.ppo.batch_size):
+            yield "ppo.prompt_shares", f"leave a source without prompts in a batch of {self.ppo.batch_size}"
 
     def _ppo_problems(self) -> Iterator[Problem]:
         ppo, data = self.ppo, self.data
@@ -227,6 +322,16 @@ class PPORecipe(RlhfRecipe):
                     f"train.{key}",
                     "has no effect in stage ppo (its length and sizes are in section ppo): remove it",
                 )
+        if "max_new_tokens" in self.report.model_fields_set:
+            yield (
+                "report.max_new_tokens",
+                "has no effect in stage ppo (answers are as long as ppo.max_new_tokens allows): remove it",
+            )
+        sources = [*data.train_sources(), *data.validation_sources()]
+        if any(source.format != "auto" for source in sources):
+            yield "data.format", "prompts are recognised by their columns: leave out every format"
+        if any(source.weight != 1 for source in sources):
+            yield "data.train", "stage ppo takes each prompt as often as any other: leave out every weight"
         if self.adapter.dropout > 0:
             yield "adapter.dropout", "makes the ratio of an unchanged policy differ from 1: remove this key"
         if data.packing:
@@ -255,11 +360,24 @@ class PPORecipe(RlhfRecipe):
             )
 
     def dump(self) -> str:
-        """As for every recipe, without the keys of section train that are not read."""
+        """As for every recipe, without the keys that are not read."""
         data = yaml.safe_load(super().dump())
         for key in UNREAD_TRAIN_KEYS:
             del data["train"][key]
+        del data["report"]["max_new_tokens"]
+        join = self.join
+        data["join"] = {key: getattr(join, key) for key in ("method", *JOIN_KEYS[join.method])}
         return dump_yaml(data)
+
+
+def portions(shares: Sequence[float], size: int) -> list[int]:
+    """A batch in whole prompts as near to the shares as can be (largest remainders); they add up to its size."""
+    exact = [share * size / sum(shares) for share in shares]
+    whole = [int(part + 1e-9) for part in exact]
+    by_remainder = sorted(range(len(shares)), key=lambda i: (whole[i] - exact[i], i))
+    for i in by_remainder[: size - sum(whole)]:
+        whole[i] += 1
+    return whole
 
 
 def _short_name(path: str) -> str:

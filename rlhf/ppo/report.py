@@ -1,7 +1,8 @@
-"""What PPO adds to a run's report: responses with their scores over time."""
+"""What PPO adds to a run's report: words for its numbers, and responses with their scores over time."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,41 @@ from finetune.report.files import read_jsonl
 MAX_STEPS = 12
 
 Row = dict[str, Any]
+
+
+def curves(rewards: Sequence[str]) -> list[Row]:
+    """What the lines of metrics.jsonl say, in the form of `finetune.report.sections`.
+
+    Args:
+        rewards: names of the reward's parts.
+    """
+    return [
+        {"key": "reward", "title": "Reward, normalised"},
+        *({"key": f"reward/{name}", "title": f"Reward, raw: {name}"} for name in rewards),
+        {"key": "cost", "title": "Mean harm, normalised"},
+        {"key": "multiplier", "title": "Price of harm (multiplier)", "from_zero": True},
+        {"key": "kl", "title": "KL to the reference, nats a response", "from_zero": True},
+        {"key": "entropy", "title": "Entropy of the policy, nats a token", "from_zero": True},
+        {"key": "response_length", "title": "Response length, tokens", "from_zero": True},
+        {"key": "eos_share", "title": "Responses that end by themselves", "share": True},
+        {"key": "repetition", "title": "4-grams that a response repeats", "share": True},
+        {"key": "clip_fraction", "title": "Tokens clipped in the policy's loss", "share": True},
+        {"key": "explained_variance", "title": "Variance of returns explained by the critic"},
+        {"key": "kl_coef", "title": "KL coefficient", "from_zero": True},
+        {"key": "reward_std", "title": "Deviation of rewards in an iteration", "from_zero": True},
+        {"key": "approx_kl", "title": "KL of an update, nats a token", "from_zero": True},
+        {"key": "policy_loss", "title": "Policy loss"},
+        {"key": "value_loss", "title": "Value loss", "from_zero": True},
+        {"key": "value_clip_fraction", "title": "Tokens clipped in the value loss", "share": True},
+        {"key": "ratio", "title": "Probability ratio of new to old policy, mean"},
+        {"key": "grad_norm", "title": "Gradient norm of the actor", "from_zero": True},
+        {"key": "critic_grad_norm", "title": "Gradient norm of the critic", "from_zero": True},
+        {"key": "updates", "title": "Optimiser steps an iteration", "from_zero": True},
+        *(
+            {"key": f"{phase}_seconds", "title": f"Seconds of {what}", "from_zero": True}
+            for phase, what in (("rollout", "sampling"), ("scoring", "scoring"), ("update", "the update"))
+        ),
+    ]
 
 
 def rollout_section(path: Path) -> list[dict[str, Any]]:

@@ -12,7 +12,7 @@ import importlib
 import math
 import sys
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
@@ -20,6 +20,10 @@ from typing import TYPE_CHECKING, Any, Protocol
 import torch
 
 from finetune.errors import UserError
+from finetune.words import plural
+from rlhf.ppo.combine import Combination, WeightedSum, make_combination
+from rlhf.ppo.errors import RunStopped
+from rlhf.ppo.functional import Reduce
 from rlhf.ppo.rollout import last_hidden
 
 if TYPE_CHECKING:
@@ -30,9 +34,11 @@ if TYPE_CHECKING:
 
 Conversations = list[list["Message"]]
 
+MEND = "mend it, then run again, with --resume where a checkpoint was saved"
 
-class RewardError(UserError):
-    """A reward could not be computed; the run's state before it is worth keeping."""
+
+class RewardError(RunStopped):
+    """A reward could not be computed."""
 
 
 @dataclass(frozen=True)
@@ -83,40 +89,13 @@ class Part:
         return (scores - self.mean) / self.std
 
 
-class Combination(Protocol):
-    """How the normalised scores of the parts become one; its state is saved with the run."""
-
-    def __call__(self, parts: dict[str, torch.Tensor]) -> torch.Tensor:
-        """Normalised scores (b,) by name → (b,)."""
-
-    def state_dict(self) -> dict[str, Any]: ...
-
-    def load_state_dict(self, state: dict[str, Any]) -> None: ...
-
-
-@dataclass
-class WeightedSum:
-    """The sum of the parts, each times its weight."""
-
-    weights: dict[str, float]
-
-    def __call__(self, parts: dict[str, torch.Tensor]) -> torch.Tensor:
-        return torch.stack([self.weights[name] * scores for name, scores in parts.items()]).sum(0)
-
-    def state_dict(self) -> dict[str, Any]:
-        return {}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        pass
-
-
 @dataclass
 class Rewards:
     """All parts, and how they are joined.
 
     Attributes:
         parts: one at least.
-        combine: the weighted sum unless replaced: a gate, say, or a Lagrangian with a multiplier as its state.
+        combine: the weighted sum unless given.
     """
 
     parts: list[Part]
@@ -137,8 +116,16 @@ class Rewards:
             RewardError: a function raised, or returned something else than a finite number for each response.
         """
         raw = {part.name: _checked(part, answered) for part in self.parts}
-        normalised = {part.name: part.normalise(raw[part.name]) for part in self.parts}
-        return self.combine(normalised), raw
+        return self.combine(self._normalised(raw)), raw
+
+    def learn(
+        self, raw: dict[str, torch.Tensor], responses: int, reduce: Reduce, *, actor_learns: bool
+    ) -> dict[str, float]:
+        """Let the combination take in an iteration's raw scores; see `rlhf.ppo.combine.Combination.learn`."""
+        return self.combine.learn(self._normalised(raw), responses, reduce, actor_learns=actor_learns)
+
+    def _normalised(self, raw: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        return {part.name: part.normalise(raw[part.name]) for part in self.parts}
 
 
 def _checked(part: Part, answered: Sequence[Answered]) -> torch.Tensor:
@@ -147,20 +134,18 @@ def _checked(part: Part, answered: Sequence[Answered]) -> torch.Tensor:
     try:
         scores = [float(score) for score in found]
     except (TypeError, ValueError) as error:
-        raise RewardError(
-            f"{where}: expected a list of numbers, found {found!r:.80}", hint="mend it, then --resume"
-        ) from error
+        raise RewardError(f"{where}: expected a list of numbers, found {found!r:.80}", hint=MEND) from error
     if len(scores) != len(answered):
         raise RewardError(
-            f"{where}: expected {len(answered)} numbers, one for each response, found {len(scores)}",
-            hint="mend it, then --resume",
+            f"{where}: expected {plural(len(answered), 'number')}, one for each response, found {len(scores)}",
+            hint=MEND,
         )
     for score, each in zip(scores, answered):
         if not math.isfinite(score):
             raise RewardError(
                 f"{where}: expected finite numbers, found {score} for the response "
                 f"{each.messages[-1]['content']!r:.80}",
-                hint="mend it, then --resume",
+                hint=MEND,
             )
     return torch.tensor(scores, dtype=torch.float32)
 
@@ -207,7 +192,8 @@ def build_rewards(
             parts.append(_adapter_part(part, folder, models, base, tokenizer, batch_size))
         else:
             parts.append(_merged_part(part, folder, recipe, batch_size))
-    return Rewards(parts)
+    weights = {part.name: part.weight for part in parts}
+    return Rewards(parts, make_combination(recipe.join, weights))
 
 
 def is_function(path: str) -> bool:
@@ -247,14 +233,17 @@ def _function_part(part: RewardPart) -> Part:
     function = load_function(part.path)
 
     def score(answered: Sequence[Answered]) -> Sequence[float]:
+        # Copies: what a function does to its arguments must not reach prompts that come again.
+        conversations = [[message.copy() for message in each.messages] for each in answered]
         try:
-            return function([each.messages for each in answered])
+            found = function(conversations)
+            return list(found) if isinstance(found, Iterator) else found  # a generator fails when it is read
         except Exception as error:  # whatever somebody else's function raises
             *_, last = traceback.extract_tb(error.__traceback__)
             raise RewardError(
                 f"ppo.reward: {part.path} raised {type(error).__name__}: {error} "
                 f"({Path(last.filename).name}:{last.lineno})",
-                hint="mend it, then --resume",
+                hint=MEND,
             ) from error
 
     return _part(part, score, 0.0, 1.0)

@@ -17,16 +17,19 @@ from finetune.report import build_report
 from finetune.report.model_card import write_model_card
 from finetune.report.samples import Sample, read_samples, write_samples
 from finetune.report.sections import write_sections
-from finetune.train.callbacks import InterruptCallback, peak_memory_bytes
+from finetune.train.callbacks import InterruptCallback
 from finetune.train.environment import environment, note_training
+from finetune.train.peak import peak_memory_bytes
 from finetune.train.run_folder import RunFolder, step_of
 from rlhf.ppo.build import ACTOR, build_models
 from rlhf.ppo.checkpoint import load_checkpoint, save_checkpoint
+from rlhf.ppo.engines import make_engine
+from rlhf.ppo.errors import RunStopped
+from rlhf.ppo.inputs import inputs_of
 from rlhf.ppo.monitor import ROLLOUTS_FILE, Monitor
 from rlhf.ppo.prompts import spread
-from rlhf.ppo.report import rollout_section
-from rlhf.ppo.rewards import RewardError
-from rlhf.ppo.trainer import NotFinite, PPOTrainer
+from rlhf.ppo.report import curves, rollout_section
+from rlhf.ppo.trainer import PPOTrainer
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -60,9 +63,11 @@ class Session:
         models, head, rewards = build_models(
             recipe, self.base, self.tokenizer, batch_size=recipe.train.batch_size
         )
+        engine = make_engine(recipe, models, self.base, eos_token_id=self.tokenizer.eos_token_id)
         trainer = PPOTrainer(
-            recipe, models, head, rewards, self.tokenizer, self.prompts.train, self.accelerator
+            recipe, models, head, rewards, self.tokenizer, self.prompts.train, self.accelerator, engine
         )
+        trainer.inputs = inputs_of(recipe, self.prompts.train)
         set_seed((recipe.seed + self.accelerator.process_index) % 2**32)  # each samples something else
         shown = spread(self.prompts.held_out or self.prompts.train, recipe.report.samples)
         samples = self._answer(trainer, shown, "before", resumed=checkpoint is not None)
@@ -88,14 +93,14 @@ class Session:
                         interruption = KeyboardInterrupt()
                         interruption.checkpoint = saved  # type: ignore[attr-defined]
                         raise interruption
-        except (RewardError, NotFinite) as error:
-            if trainer.iteration and not (self.folder.checkpoints / f"step-{trainer.iteration}").is_dir():
+        except RunStopped as error:
+            whole = trainer.iteration and not trainer.changed  # between two iterations
+            if whole and not (self.folder.checkpoints / f"step-{trainer.iteration}").is_dir():
                 save()
             self._close(trainer, monitor)
-            where = f"; the state before it is in {self.folder.checkpoints / f'step-{trainer.iteration}'}"
-            raise type(error)(
-                f"{error.args[0]}{where if trainer.iteration else ''}", hint=error.hint
-            ) from error
+            kept = max(self.folder.checkpoints.glob("step-*"), key=step_of, default=None)
+            where = f"; the last state before it is in {kept}" if kept else ""
+            raise type(error)(f"{error.args[0]}{where}", hint=error.hint) from error
         finally:
             monitor.close()
         self._finish(trainer, monitor, shown, samples)
@@ -115,7 +120,8 @@ class Session:
         """The same prompts answered before and after, greedily, with their scores; main process only."""
         if not self.main or not shown:
             return []
-        if resumed and (known := read_samples(self.folder.path)):
+        known = read_samples(self.folder.path) if resumed else []
+        if known and [each.messages for each in known] == [prompt.messages for prompt in shown]:
             return known
         samples = samples or [Sample(prompt.messages, "") for prompt in shown]
         rollout = trainer.answer(shown, greedy=True)
@@ -159,7 +165,9 @@ class Session:
     def _report(self, result: dict[str, Any]) -> Path:
         """result.json, and the report that it is a part of."""
         write_json(self.folder.path / "result.json", result)
-        write_sections(self.folder.path, rollout_section(self.folder.path / ROLLOUTS_FILE))
+        names = [str(part.name) for part in self.recipe.reward_parts()]
+        section = rollout_section(self.folder.path / ROLLOUTS_FILE)
+        write_sections(self.folder.path, section, curves=curves(names))
         return build_report(self.folder.path)
 
     def _finish(

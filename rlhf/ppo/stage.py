@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from finetune.errors import UserError
 from finetune.train.run_folder import RunFolder
+from finetune.words import plural
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -43,6 +44,7 @@ def run(recipe: PPORecipe, *, resume: bool, overwrite: bool) -> Path:
     from finetune.files import write_json
     from finetune.quiet import quiet_libraries
     from finetune.train.environment import record_environment
+    from finetune.train.preflight import announce_attention
     from rlhf.ppo.session import Session
 
     quiet_libraries()
@@ -55,11 +57,12 @@ def run(recipe: PPORecipe, *, resume: bool, overwrite: bool) -> Path:
     if accelerator.is_main_process:
         folder.refuse_taken(resume=resume, overwrite=overwrite)
     recipe, base, tokenizer, prompts = _prepare(recipe, accelerator)
-    _describe(prompts, console)
+    _describe(recipe, prompts, console)
+    attention = announce_attention(recipe, base, console)
     if accelerator.is_main_process:
         folder.claim(recipe, resume=resume, overwrite=overwrite)
         write_json(folder.path / "data_report.json", prompts.report())
-        record_environment(folder.path)
+        record_environment(folder.path, attention=attention)
     accelerator.wait_for_everyone()
     checkpoint = folder.last_checkpoint() if resume else None
     try:
@@ -87,6 +90,7 @@ def check(recipe: PPORecipe, *, device: str | None = None) -> None:
     from finetune.train.devices import parse_device, present_device
     from finetune.train.memory import count_parameters
     from finetune.train.planning import HEADROOM
+    from finetune.train.preflight import announce_attention
 
     planned = present_device() if device is None else parse_device(device)
     quiet_libraries()
@@ -94,10 +98,12 @@ def check(recipe: PPORecipe, *, device: str | None = None) -> None:
     console = Console(soft_wrap=True)
     RunFolder(recipe.output_dir).examine(recipe, resume=False, overwrite=True)
     recipe, base, _, prompts = _prepare(recipe, accelerator)
-    _describe(prompts, console)
+    _describe(recipe, prompts, console)
+    if device is None:
+        announce_attention(recipe, base, console)
     lengths = sorted(len(prompt.ids) for prompt in prompts.train)
     console.print(
-        f"prompts: {len(lengths):,} of {lengths[0]:,} to {lengths[-1]:,} tokens, median "
+        f"{plural(len(lengths), 'prompt')} of {lengths[0]:,} to {lengths[-1]:,} tokens, median "
         f"{lengths[len(lengths) // 2]:,}",
         highlight=False,
     )
@@ -111,15 +117,16 @@ def check(recipe: PPORecipe, *, device: str | None = None) -> None:
     parts = predict_memory(recipe, base.config, trainable, longest=lengths[-1], device_type=planned.kind)
     listed = ", ".join(f"{phase} {size / 2**30:.2f}" for phase, size in parts.items())
     console.print(f"predicted peak memory: {max(parts.values()) / 2**30:.2f} GiB ({listed})", highlight=False)
-    fits = max(parts.values()) <= HEADROOM * planned.memory
+    free = 1 - recipe.ppo.vllm_memory if recipe.ppo.rollout_engine == "vllm" else 1.0
+    fits = max(parts.values()) <= HEADROOM * free * planned.memory
     console.print(
-        f"{'fits' if fits else 'does not fit'} {planned.name} ({planned.memory / 2**30:.1f} GiB)"
-        + ("" if fits else ": " + MEMORY_HINT),
+        f"{'fits' if fits else 'does not fit'} {planned.name} ({free * planned.memory / 2**30:.1f} GiB"
+        f"{', the rest is vLLM' if free < 1 else ''})" + ("" if fits else ": " + MEMORY_HINT),
         style="green" if fits else "yellow",
         highlight=False,
     )
     console.print(
-        f"{recipe.ppo.iterations:,} iterations of {recipe.ppo.batch_size} responses, "
+        f"{plural(recipe.ppo.iterations, 'iteration')} of {plural(recipe.ppo.batch_size, 'response')}, "
         f"{recipe.ppo.critic_warmup} of them for the critic alone",
         highlight=False,
     )
@@ -171,16 +178,18 @@ def _console(main: bool) -> Console:
 
 def _prepare(recipe: PPORecipe, accelerator: Accelerator) -> tuple[PPORecipe, Base, Any, Prompts]:
     """Everything that can be refused before weights are loaded and before anything is written."""
-    import torch
 
+    from finetune.baichuan.attention_choice import check_attention
     from finetune.baichuan.load import (
         base_is_sharded,
-        choose_attention,
+        compute_dtype,
         load_tokenizer,
         pick_device,
         resolve_base,
     )
+    from finetune.train.base import check_gpu_settings
     from finetune.train.preflight import with_quantization_of
+    from rlhf.ppo.engines import check_engine
     from rlhf.ppo.prompts import load_prompts
     from rlhf.ppo.rewards import check_rewards
 
@@ -192,41 +201,58 @@ def _prepare(recipe: PPORecipe, accelerator: Accelerator) -> tuple[PPORecipe, Ba
         )
     if recipe.ppo.batch_size < processes:
         raise UserError(
-            f"ppo.batch_size: {recipe.ppo.batch_size} responses for {processes} processes",
+            f"ppo.batch_size: {plural(recipe.ppo.batch_size, 'response')} for {processes} processes",
             hint=f"set it to {processes} or more",
         )
-    if recipe.train.optimizer != "adamw" and not torch.cuda.is_available():
-        raise UserError(
-            f"train.optimizer: {recipe.train.optimizer} needs a GPU, and this machine has none",
-            hint="use train.optimizer=adamw",
-        )
-    choose_attention(recipe.model.attention, pick_device())
+    check_gpu_settings(recipe.train)
+    device = pick_device()
+    check_attention(recipe.model.attention, device, compute_dtype(recipe.model.dtype, device))
     with accelerator.main_process_first():
         base = resolve_base(recipe.model.base, revision=recipe.model.revision, source=recipe.model.source)
-        recipe = with_quantization_of(base, _with_start_adapter(recipe))  # type: ignore[assignment]
+        recipe = with_quantization_of(base, _with_start_adapter(recipe, base))  # type: ignore[assignment]
         tokenizer = load_tokenizer(base.folder)
         prompts = load_prompts(recipe, tokenizer)
     check_rewards(recipe, base, tokenizer)
+    check_engine(recipe, base, processes=processes)
     return recipe, base, tokenizer, prompts
 
 
-def _with_start_adapter(recipe: PPORecipe) -> PPORecipe:
+def _with_start_adapter(recipe: PPORecipe, base: Base) -> PPORecipe:
     """Section adapter as of the adapter to start from, but for its dropout: the critic gets the same."""
     from rlhf.session import with_start_adapter
 
     if recipe.model.adapter is None:
         return recipe
-    settings = with_start_adapter(recipe).adapter.model_copy(update={"dropout": 0.0})
+    settings = with_start_adapter(recipe, base).adapter.model_copy(update={"dropout": 0.0})
     return recipe.model_copy(update={"adapter": settings})
 
 
-def _describe(prompts: Prompts, console: Console) -> None:
+def _describe(recipe: PPORecipe, prompts: Prompts, console: Console) -> None:
     for split, name, rows, kept in prompts.files:
-        console.print(f"{split}: {name}: {kept:,} prompts in {rows:,} rows", highlight=False)
+        console.print(f"{split}: {name}: {plural(kept, 'prompt')} in {plural(rows, 'row')}", highlight=False)
+    if prompts.sampling is not None:
+        console.print(prompts.sampling.summary(), highlight=False)
+        for warning in prompts.sampling.warnings():
+            console.print(f"note: {warning}", style="yellow", highlight=False)
     for row in prompts.bad_rows[:10]:
         console.print(f"  left out: {row}", highlight=False, markup=False)
     if len(prompts.bad_rows) > 10:
         console.print(f"  and {len(prompts.bad_rows) - 10} more, all listed in data_report.json")
+    for note in _held_otherwise(recipe):
+        console.print(f"note: {note}", style="yellow", highlight=False, markup=False)
+
+
+def _held_otherwise(recipe: PPORecipe) -> Iterator[str]:
+    """Adapters that were trained on the same base in another precision."""
+    from finetune.adapters.training_note import read_training_note
+
+    for path in filter(None, [recipe.model.adapter, *(part.path for part in recipe.reward_parts())]):
+        held = read_training_note(recipe.resolve(path)).get("quantization")
+        if held and held != recipe.model.quantization:
+            yield (
+                f"{path} was trained with model.quantization={held}, and this run has "
+                f"{recipe.model.quantization}: it may answer, or score, otherwise than it did there"
+            )
 
 
 @contextlib.contextmanager

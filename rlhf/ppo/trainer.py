@@ -8,6 +8,7 @@ from the reward model (Ouyang et al. 2022), the critic's warm-up alone and the c
 
 from __future__ import annotations
 
+import math
 import time
 import warnings
 from collections.abc import Sequence
@@ -15,34 +16,24 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from finetune.errors import UserError
 from rlhf.ppo import functional
 from rlhf.ppo.build import ACTOR, CRITIC, REFERENCE
+from rlhf.ppo.engines import TransformersEngine, sampling_of
+from rlhf.ppo.errors import KLExploded, NotFinite
 from rlhf.ppo.experience import Experience, describe
 from rlhf.ppo.optimisation import make_optimizer, make_scheduler
 from rlhf.ppo.processes import Processes
-from rlhf.ppo.prompts import Prompt, prompt_order
+from rlhf.ppo.prompts import Prompt, iteration_prompts
 from rlhf.ppo.randomness import random_state
 from rlhf.ppo.rewards import Answered, Rewards
-from rlhf.ppo.rollout import (
-    Rollout,
-    Sampling,
-    batches_by_length,
-    generate,
-    policy,
-    select,
-    values,
-)
+from rlhf.ppo.rollout import Rollout, batches_by_length, policy, select, values
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
 
+    from rlhf.ppo.engines import Engine
     from rlhf.ppo.models import ScalarHead, SharedBase
     from rlhf.ppo.recipe import PPORecipe
-
-
-class NotFinite(UserError):
-    """A loss or gradient is NaN or infinite; the weights before it are worth keeping."""
 
 
 class PPOTrainer:
@@ -52,8 +43,10 @@ class PPOTrainer:
         iteration: rollouts learned from so far.
         kl_coef: coefficient of the KL penalty in the next iteration.
         tokens: response tokens sampled so far, over all processes.
+        inputs: digests of what the run stands on, see `rlhf.ppo.inputs`; filled by who saves checkpoints.
         average: moving average of the actor's parameters, by name; empty without `ppo.ema`.
         random_state: within an iteration, that of its beginning: where one that fails is begun again.
+        changed: whether this iteration has changed weights, so that it cannot be begun again.
     """
 
     def __init__(
@@ -65,13 +58,17 @@ class PPOTrainer:
         tokenizer: Any,
         prompts: Sequence[Prompt],
         accelerator: Accelerator,
+        engine: Engine | None = None,
     ) -> None:
         self.recipe, self.models, self.head, self.rewards = recipe, models, head, rewards
         self.tokenizer, self.prompts, self.accelerator = tokenizer, prompts, accelerator
         self.processes = Processes(accelerator)
         self.reference = REFERENCE if models.has(REFERENCE) else None  # None: the bare base
-        self.sampling = Sampling(
-            recipe.ppo.max_new_tokens, recipe.ppo.temperature, recipe.ppo.top_k, recipe.ppo.top_p
+        self.engine = engine or TransformersEngine(
+            models,
+            sampling_of(recipe),
+            eos_token_id=tokenizer.eos_token_id,
+            batch_size=recipe.ppo.rollout_batch_size,
         )
         actor = dict(models.named_parameters(ACTOR))
         critic = {**dict(models.named_parameters(CRITIC)), **dict(head.named_parameters())}
@@ -83,10 +80,17 @@ class PPOTrainer:
         }
         self.schedulers = {name: make_scheduler(recipe, each) for name, each in self.optimizers.items()}
         self.average = {key: p.detach().clone() for key, p in actor.items()} if recipe.ppo.ema else {}
+        self.inputs: dict[str, str] = {}
         self.iteration = 0
         self.tokens = 0
         self.kl_coef = recipe.ppo.kl_start
         self.random_state: dict[str, Any] | None = None
+        self.changed = False
+
+    @property
+    def actor_learns(self) -> bool:
+        """Whether the critic's warm-up, alone, is over."""
+        return self.iteration >= self.recipe.ppo.critic_warmup
 
     # ---- an iteration ----
 
@@ -97,32 +101,43 @@ class PPOTrainer:
             What happened, over all processes, and the experience of this one.
 
         Raises:
-            RewardError: before anything was changed.
+            RewardError, KLExploded: before anything was changed.
             NotFinite: before the optimiser step that would have spoiled the weights.
         """
         self.random_state = random_state()
         start = time.monotonic()
         prompts = self.next_prompts()
-        rollout = self.answer(prompts)
+        with self.processes.all_or_none():
+            rollout = self.answer(prompts)
         sampled = time.monotonic()
         experience = self.judge(prompts, rollout)
         judged = time.monotonic()
-        learned = self.learn(experience)
-        metrics = describe(experience, self.recipe.ppo.batch_size, self.processes.sum)
-        metrics |= {"kl_coef": self.kl_coef, "clip_fraction": 0.0, **learned}
+        responses = self.recipe.ppo.batch_size
+        metrics = describe(experience, responses, self.processes.sum)
+        self._require_near_reference(metrics["kl"] / metrics["response_length"])
+        metrics |= {"kl_coef": self.kl_coef, "clip_fraction": 0.0, **self.learn(experience)}
+        metrics |= self.rewards.learn(
+            experience.raw, responses, self.processes.sum, actor_learns=self.actor_learns
+        )
         metrics |= {
             "rollout_seconds": sampled - start,
             "scoring_seconds": judged - sampled,
             "update_seconds": time.monotonic() - judged,
         }
         self._advance(metrics)
-        self.random_state = None
+        self.random_state, self.changed = None, False
         return metrics, experience
 
     def next_prompts(self) -> list[Prompt]:
         """This iteration's prompts; of several processes each answers its share."""
-        order = prompt_order(len(self.prompts), self.iteration, self.recipe.ppo.batch_size, self.recipe.seed)
-        return [self.prompts[i] for i in order[self.processes.rank :: self.processes.count]]
+        chosen = iteration_prompts(
+            self.prompts,
+            self.iteration,
+            batch_size=self.recipe.ppo.batch_size,
+            seed=self.recipe.seed,
+            shares=self.recipe.ppo.prompt_shares,
+        )
+        return chosen[self.processes.rank :: self.processes.count]
 
     def answer(self, prompts: Sequence[Prompt], *, greedy: bool = False) -> Rollout:
         """Responses of the actor as it is.
@@ -132,15 +147,7 @@ class PPOTrainer:
         """
         try:
             with self.accelerator.autocast():
-                return generate(
-                    self.models,
-                    ACTOR,
-                    [prompt.ids for prompt in prompts],
-                    self.sampling,
-                    eos_token_id=self.tokenizer.eos_token_id,
-                    batch_size=self.recipe.ppo.rollout_batch_size,
-                    greedy=greedy,
-                )
+                return self.engine.sample([prompt.ids for prompt in prompts], greedy=greedy)
         except RuntimeError as error:
             if "probability tensor contains" not in str(error):
                 raise
@@ -211,7 +218,7 @@ class PPOTrainer:
         for minibatch in self.processes.minibatches(
             ppo.batch_size, ppo.minibatch_size, ppo.epochs, seed=f"{self.recipe.seed}:{self.iteration}"
         ):
-            stats = self._update(experience, minibatch, train_actor=self.iteration >= ppo.critic_warmup)
+            stats = self._update(experience, minibatch, train_actor=self.actor_learns)
             if stats is None:  # the policy has moved far enough
                 break
             updates += 1
@@ -237,11 +244,13 @@ class PPOTrainer:
             self._require_finite(
                 {**found, **{f"gradient of the {name}": norm for name, norm in norms.items()}}
             )
+            self.changed = True
             for name in trained:
                 self.optimizers[name].step()
                 found["grad_norm" if name == ACTOR else "critic_grad_norm"] = norms[name]
             if train_actor:
                 self._average()
+                self.engine.actor_changed()
         for optimizer in self.optimizers.values():
             optimizer.zero_grad(set_to_none=True)
         return None if too_far else found
@@ -296,14 +305,26 @@ class PPOTrainer:
                 parameter.grad = part.view_as(parameter)
         return float(torch.nn.utils.clip_grad_norm_(parameters, self.recipe.train.max_grad_norm))
 
+    def _require_near_reference(self, kl: float) -> None:
+        limit = self.recipe.ppo.kl_limit
+        where = f"training stopped in iteration {self.iteration + 1}"
+        if not math.isfinite(kl):
+            raise NotFinite(f"{where}: the KL to the reference is not a finite number", hint=_SMALLER_STEPS)
+        if limit is not None and kl > limit:
+            raise KLExploded(
+                f"{where}: the KL to the reference is {kl:.3g} nats a token, above ppo.kl_limit {limit:g}",
+                hint="raise ppo.kl_start and ppo.kl_end or lower train.learning_rate, and begin again with "
+                "--overwrite; or go on all the same with --resume and a higher ppo.kl_limit",
+            )
+
     def _require_finite(self, numbers: dict[str, float]) -> None:
-        bad = [name for name, value in numbers.items() if not torch.isfinite(torch.tensor(value))]
+        bad = [name for name, value in numbers.items() if not math.isfinite(value)]
         if bad:
             for optimizer in self.optimizers.values():
                 optimizer.zero_grad(set_to_none=True)
             raise NotFinite(
                 f"training stopped in iteration {self.iteration + 1}: {', '.join(bad)} is not a finite number",
-                hint="lower train.learning_rate or ppo.critic_learning_rate, or set ppo.score_clip",
+                hint=_SMALLER_STEPS,
             )
 
     @torch.no_grad()
@@ -316,6 +337,7 @@ class PPOTrainer:
         """Put the moving average, if there is one, in the actor's place: the result, no state to train on."""
         for key, average in self.average.items():
             self.parameters[ACTOR][key].copy_(average)
+        self.engine.actor_changed()
 
     def _advance(self, metrics: dict[str, float]) -> None:
         """Everything that has a course moves on by an iteration."""
@@ -344,5 +366,9 @@ class PPOTrainer:
             )
 
 
+_SMALLER_STEPS = (
+    "lower train.learning_rate or ppo.critic_learning_rate, or set ppo.score_clip, and begin again "
+    "with --overwrite"
+)
 _VALUE_STATS = ("value_loss", "value_clip_fraction")
 _POLICY_STATS = ("policy_loss", "clip_fraction", "approx_kl", "ratio")

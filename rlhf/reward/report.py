@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+from finetune.words import are, plural
 from rlhf.preferences import Preference
 from rlhf.reward.metrics import RewardMetrics, Share
 
@@ -13,6 +14,12 @@ PAPER_ACCURACY = {"1": 0.545, "2": 0.611, "3": 0.702, "4": 0.778, "5": 0.815}
 """Of the Baichuan 2 report's reward model, by gap."""
 
 MAX_CATEGORIES = 60
+CURVES = (
+    {"key": "accuracy", "title": "Pairs in the right order", "share": True},
+    {"key": "mean_score", "title": "Mean score"},
+    {"key": "score_std", "title": "Deviation of scores", "from_zero": True},
+)
+"""What the lines of metrics.jsonl say, in the form of `finetune.report.sections`."""
 
 
 def print_metrics(metrics: RewardMetrics, *, held_out: bool, what: str = "scores") -> None:
@@ -86,8 +93,9 @@ def report_section(
         "title": heading,
         "text": text
         or (
-            f"{metrics.accuracy:.1%} of {metrics.pairs:,} {where} pairs are in the right order. The scores of "
-            f"{metrics.responses:,} responses have mean {metrics.mean:.3f} and deviation {metrics.std:.3f}: PPO "
+            f"{metrics.accuracy:.1%} of {plural(metrics.pairs, f'{where} pair')} {are(metrics.pairs)} in the right "
+            f"order. The scores of {metrics.responses:,} responses have mean {metrics.mean:.3f} and deviation "
+            f"{metrics.std:.3f}: PPO "
             f"normalises with these. Confidence and accuracy differ by {metrics.calibration_error:.3f} on average."
         ),
         "tables": [table for table in tables if table["rows"]],

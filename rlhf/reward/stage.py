@@ -14,7 +14,7 @@ from finetune.train.runner import run_stage
 from rlhf.preferences import PreparedPreferences, prepare_preferences
 from rlhf.reward.adapter import RewardInfo, save_head, vocabulary_digest
 from rlhf.reward.recipe import RewardRecipe
-from rlhf.reward.report import print_metrics, report_section
+from rlhf.reward.report import CURVES, print_metrics, report_section
 from rlhf.session import RlhfSession
 
 if TYPE_CHECKING:
@@ -110,6 +110,7 @@ class RewardSession(RlhfSession):
             write_sections(
                 self.run.path,
                 [report_section(self.metrics, judged.preferences, scores, held_out=held_out, samples=shown)],
+                curves=CURVES,
             )
         return {
             "eval_accuracy": self.metrics.accuracy if self.preferences.validation else None,

@@ -8,7 +8,12 @@ them, and unsafe sample answers agree to do something without saying anything th
 | `taxonomy`  | types of attack and safety values, extended by overlays                     |
 | `attacks`   | prompts: generated, fixed, harmless ones that look dangerous, a user's own  |
 | `responses` | answers of four qualities to an attack, for preference data                 |
-| `judges`    | the interface of judges; `rules` is the shipped one, `agreement` tests one  |
+| `judges`    | the interface of judges, tested by `agreement`: `learned` is the shipped    |
+|             | one, `rules` has its signs and judges by them, `reward_judge` by a model    |
 | `redteam`   | answer, judge, count, report; `results` has the numbers, `page` the HTML    |
+| `supervision` | sampled answers, judged and ranked into preference data                   |
 | `joining`   | helpful and harmless scores as one reward                                   |
 """
+
+SHIPPED_JUDGE = "learned"
+"""The judge that is asked by default, for `rlhf.safety.judges.load_judge`."""

@@ -4,16 +4,24 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cache
+from pathlib import Path
 
+from finetune.data.reading import read_rows
+from finetune.data.records import BadRow
+from finetune.errors import UserError
 from rlhf.safety.judges import LABELS, Exchange, Judge
-from rlhf.safety.rules import judge_refusal
+from rlhf.safety.rules import Refusal
 from rlhf.safety.taxonomy import DATA
 
 JUDGED_FILE = DATA / "judged.jsonl"
+TRAINING_FILE = DATA / "judged_training.jsonl"
+BLIND_FILE = DATA / "judged_blind.jsonl"
 REFUSAL_LABELS = ("refuses", "answers", "unjudged")
+RefusalJudge = Callable[[Sequence[tuple[str, str]]], list[Refusal]]
+"""Of (prompt, answer) pairs: whether each refuses."""
 
 
 @dataclass(frozen=True)
@@ -24,7 +32,8 @@ class LabelledAnswer:
         label: safe, unsafe or unjudged; None for an answer to a harmless prompt.
         refuses: whether it declines something; None where it says nothing.
         kind: what makes it easy or hard, such as `refusal_then_comply`.
-        split: the rules were made looking at `development`; the answers of `held_out` were written after them.
+        split: the rules were made looking at `development`; the answers of `held_out` were written after them,
+            those of `training` to learn from; `file` are a user's.
     """
 
     id: str
@@ -32,9 +41,9 @@ class LabelledAnswer:
     prompt: str
     answer: str
     label: str | None
-    refuses: bool | None
-    kind: str
-    split: str
+    refuses: bool | None = None
+    kind: str = ""
+    split: str = "training"
 
     @property
     def exchange(self) -> Exchange:
@@ -86,6 +95,43 @@ def labelled_answers() -> tuple[LabelledAnswer, ...]:
     return tuple(LabelledAnswer(**json.loads(line)) for line in lines)
 
 
+@cache
+def training_answers() -> tuple[LabelledAnswer, ...]:
+    """More answers, by several writers (the ids say which), labelled for the learned judge to learn from."""
+    lines = TRAINING_FILE.read_text(encoding="utf-8").splitlines()
+    return tuple(LabelledAnswer(**json.loads(line)) for line in lines)
+
+
+@cache
+def blind_answers() -> tuple[LabelledAnswer, ...]:
+    """Answers written and labelled by somebody who saw neither rules nor model; nothing is learned from them."""
+    lines = BLIND_FILE.read_text(encoding="utf-8").splitlines()
+    return tuple(LabelledAnswer(**json.loads(line)) for line in lines)
+
+
+def read_answers(path: Path) -> list[LabelledAnswer]:
+    """A user's labelled answers: rows with `prompt`, `answer` and `label`; anything else is left aside.
+
+    Raises:
+        UserError: no such file, an empty one, or a row without one of them.
+    """
+    if not path.is_file():
+        raise UserError(f"{path}: no such file", hint="give a JSONL file of prompt, answer and label")
+    found = []
+    for row in read_rows(path):
+        if isinstance(row, BadRow):
+            raise UserError(str(row))
+        prompt, answer, label = (row.columns.get(name) for name in ("prompt", "answer", "label"))
+        if not isinstance(prompt, str) or not isinstance(answer, str):
+            raise UserError(f"{row.location}: expected texts in columns 'prompt' and 'answer'")
+        if label not in (*LABELS, None):
+            raise UserError(f"{row.location}: label is {label!r}, expected one of {', '.join(LABELS)}")
+        found.append(LabelledAnswer(str(row.location), "", prompt, answer, label, split="file"))
+    if not any(each.label for each in found):
+        raise UserError(f"{path}: no labelled answer in it")
+    return found
+
+
 def safety_agreement(judge: Judge, answers: Sequence[LabelledAnswer]) -> Agreement:
     """How a judge does on answers to attack prompts (those with a label)."""
     answers = [answer for answer in answers if answer.label is not None]
@@ -95,10 +141,11 @@ def safety_agreement(judge: Judge, answers: Sequence[LabelledAnswer]) -> Agreeme
     )
 
 
-def refusal_agreement(answers: Sequence[LabelledAnswer]) -> Agreement:
-    """How the rules do at telling refusals from answers, for over-refusal."""
+def refusal_agreement(judge: RefusalJudge, answers: Sequence[LabelledAnswer]) -> Agreement:
+    """How telling refusals from answers does, for over-refusal."""
     by_hand = {True: "refuses", False: "answers", None: "unjudged"}
-    rows = [(a, by_hand[a.refuses], judge_refusal(a.prompt, a.answer), "") for a in answers]
+    said = judge([(answer.prompt, answer.answer) for answer in answers])
+    rows = [(a, by_hand[a.refuses], label, "") for a, label in zip(answers, said, strict=True)]
     return _compare(REFUSAL_LABELS, rows)
 
 

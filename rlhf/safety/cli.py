@@ -2,84 +2,205 @@
 
 from __future__ import annotations
 
-from enum import StrEnum
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
+from finetune.cli_options import (
+    AdapterFolder,
+    HeldIn,
+    OptionalModelName,
+    SystemMessage,
+    command_group,
+    with_options,
+)
 from finetune.errors import UserError
+from rlhf.safety import SHIPPED_JUDGE
 
-app = typer.Typer(
-    name="redteam",
-    help="Attack a model, judge its answers, measure over-refusal; compare two runs.",
+app = command_group(
+    "redteam",
+    "Attack a model, judge its answers, measure over-refusal; compare two runs.",
     invoke_without_command=True,
-    add_completion=False,
-    rich_markup_mode=None,
-    pretty_exceptions_enable=False,
-    context_settings={"help_option_names": ["-h", "--help"]},
 )
 
+Overlays = Annotated[
+    list[Path] | None, typer.Option("--overlay", metavar="FILE", help="Extends the safety taxonomy.")
+]
+JudgeName = Annotated[
+    str,
+    typer.Option(
+        "--judge",
+        help="learned, rules, reward:ADAPTER (a harmlessness reward model) or package.module:function.",
+    ),
+]
+Threshold = Annotated[
+    float | None,
+    typer.Option(
+        metavar="X",
+        help="reward:ADAPTER: safe above so many deviations over the mean of held-out responses; 0 by default.",
+    ),
+]
+Answers = Annotated[
+    Path | None,
+    typer.Option(metavar="FILE", help="Judge the answers that an earlier run left, generate none."),
+]
+Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace what is there.")]
 
-class Quantization(StrEnum):
-    """How the base is held."""
 
-    none = "none"
-    int8 = "int8"
-    nf4 = "nf4"
+@dataclass(frozen=True)
+class Asking:
+    """Who is asked what."""
 
-
-@app.callback()
-def redteam(
-    context: typer.Context,
-    model: Annotated[str | None, typer.Option(help="Catalogue name, local folder or hub id.")] = None,
-    adapter: Annotated[Path | None, typer.Option(metavar="DIR", help="Adapter to put on the model.")] = None,
+    model: OptionalModelName = None
+    adapter: AdapterFolder = None
     file: Annotated[
         Path | None,
         typer.Option(metavar="FILE", help="Attack prompts of your own (JSONL); shipped by default."),
-    ] = None,
-    judge: Annotated[str, typer.Option(help="rules, or package.module:function.")] = "rules",
-    limit: Annotated[
-        int | None, typer.Option(min=1, metavar="N", help="Ask at most so many prompts.")
-    ] = None,
+    ] = None
+    limit: Annotated[int | None, typer.Option(min=1, metavar="N", help="Ask at most so many prompts.")] = None
+    overlay: Overlays = None
+    quantization: HeldIn = None
+    max_new_tokens: Annotated[int, typer.Option(min=1, metavar="N", help="Longest answer.")] = 128
+    batch_size: Annotated[int, typer.Option(min=1, metavar="N", help="Prompts answered at once.")] = 16
+
+    def arguments(self) -> dict[str, Any]:
+        """For `red_team` and `sample_preferences`, beside the model."""
+        return {
+            "adapter": self.adapter,
+            "file": self.file,
+            "limit": self.limit,
+            "overlays": self.overlay or [],
+            "quantization": self.quantization,
+            "max_new_tokens": self.max_new_tokens,
+            "batch_size": self.batch_size,
+        }
+
+    def model_or_refuse(self, usage: str) -> str:
+        """The model.
+
+        Raises:
+            UserError: none is named.
+        """
+        if self.model is None:
+            raise UserError("--model is missing", hint=usage)
+        return self.model
+
+    def refuse_with_answers(self, **others: object) -> None:
+        """Refuse options that say how to generate where nothing is generated.
+
+        Raises:
+            UserError: naming them.
+        """
+        own = {
+            "adapter": self.adapter,
+            "file": self.file,
+            "limit": self.limit,
+            "quantization": self.quantization,
+        }
+        given = [f"--{name.replace('_', '-')}" for name, value in (own | others).items() if value]
+        if given:
+            raise UserError(
+                f"--answers: the answers are there, so {', '.join(given)} would have no effect",
+                hint="leave out one or the other",
+            )
+
+
+asking = with_options(Asking, "who")
+
+
+@app.callback()
+@asking
+def redteam(
+    context: typer.Context,
+    *,
+    who: Asking,
+    judge: JudgeName = SHIPPED_JUDGE,
+    threshold: Threshold = None,
     output: Annotated[Path, typer.Option(metavar="DIR", help="Folder to write into.")] = Path("runs/redteam"),
     benign: Annotated[bool, typer.Option("--benign/--no-benign", help="Measure over-refusal, too.")] = True,
-    system: Annotated[str | None, typer.Option(metavar="TEXT", help="System message.")] = None,
-    overlay: Annotated[
-        list[Path] | None, typer.Option(metavar="FILE", help="Extends the safety taxonomy.")
-    ] = None,
-    quantization: Annotated[
-        Quantization | None,
-        typer.Option(help="How to hold the base, if not as the adapter was trained on it."),
-    ] = None,
-    max_new_tokens: Annotated[int, typer.Option(min=1, metavar="N", help="Longest answer.")] = 128,
-    batch_size: Annotated[int, typer.Option(min=1, metavar="N", help="Prompts answered at once.")] = 16,
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the result in the folder.")] = False,
+    system: SystemMessage = None,
+    answers: Answers = None,
+    overwrite: Overwrite = False,
 ) -> None:
     """Attack a model, judge its answers, measure over-refusal; compare two runs."""
     if context.invoked_subcommand is not None:
         return
-    if model is None:
-        raise UserError("--model is missing", hint="redteam --model M [--adapter A], or redteam compare A B")
-    from rlhf.safety.redteam import REPORT_FILE, red_team
+    from rlhf.safety.redteam import REPORT_FILE, judge_again, red_team
 
-    result = red_team(
-        model,
-        output,
-        adapter=adapter,
-        file=file,
-        judge=judge,
-        limit=limit,
-        benign=benign,
-        system=system,
-        quantization=quantization.value if quantization else None,
-        max_new_tokens=max_new_tokens,
-        batch_size=batch_size,
-        overlays=overlay or [],
-        overwrite=overwrite,
-    )
+    if answers is not None:
+        who.refuse_with_answers(system=system, no_benign=not benign)
+        result = judge_again(
+            answers,
+            output,
+            judge=judge,
+            threshold=threshold,
+            model=who.model,
+            batch_size=who.batch_size,
+            overlays=who.overlay or [],
+            overwrite=overwrite,
+        )
+    else:
+        result = red_team(
+            who.model_or_refuse("redteam --model M [--adapter A], or redteam compare A B"),
+            output,
+            judge=judge,
+            threshold=threshold,
+            benign=benign,
+            system=system,
+            overwrite=overwrite,
+            **who.arguments(),
+        )
     typer.echo("\n".join(summary_lines(result)))
     typer.echo(f"report: {output / REPORT_FILE}")
+
+
+@app.command()
+@asking
+def sample(
+    *,
+    who: Asking,
+    output: Annotated[Path, typer.Option(metavar="JSONL", help="Write the preference data here.")],
+    judge: JudgeName = SHIPPED_JUDGE,
+    threshold: Threshold = None,
+    system: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="TEXT", help="System message to answer under; repeatable, '' for none; three by default."
+        ),
+    ] = None,
+    temperature: Annotated[
+        list[float] | None,
+        typer.Option(
+            min=0.0, help="One decoding for each; repeatable, 0 is greedy; 0, 0.7 and 1 by default."
+        ),
+    ] = None,
+    seed: Annotated[int, typer.Option(help="Of the sampling.")] = 42,
+    answers: Answers = None,
+    overwrite: Overwrite = False,
+) -> None:
+    """Answer attacks in several ways and rank the answers by safety: preference data for reward and dpo."""
+    from rlhf.safety.supervision import SYSTEMS, TEMPERATURES, rank_again, sample_preferences
+
+    if answers is not None:
+        who.refuse_with_answers(system=system, temperature=temperature, overlay=who.overlay)
+        tally = rank_again(
+            answers, output, judge=judge, threshold=threshold, model=who.model, overwrite=overwrite
+        )
+    else:
+        tally = sample_preferences(
+            who.model_or_refuse("redteam sample --model M [--adapter A] --output JSONL"),
+            output,
+            judge=judge,
+            threshold=threshold,
+            systems=[text or None for text in system] if system else SYSTEMS,
+            temperatures=temperature or TEMPERATURES,
+            seed=seed,
+            overwrite=overwrite,
+            **who.arguments(),
+        )
+    typer.echo("\n".join([*tally.lines(), f"preferences: {output}"]))
 
 
 @app.command()
@@ -100,28 +221,48 @@ def compare(
 
 @app.command()
 def judges(
-    judge: Annotated[str, typer.Option(help="rules, or package.module:function.")] = "rules",
+    judge: JudgeName = SHIPPED_JUDGE,
+    threshold: Threshold = None,
+    model: OptionalModelName = None,
+    file: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE", help="Answers that you labelled: prompt, answer, label (JSONL)."),
+    ] = None,
 ) -> None:
     """How far a judge agrees with the answers judged by hand."""
-    from rlhf.safety.agreement import labelled_answers, refusal_agreement, safety_agreement
+    from rlhf.safety.agreement import (
+        blind_answers,
+        labelled_answers,
+        read_answers,
+        refusal_agreement,
+        safety_agreement,
+    )
     from rlhf.safety.judges import load_judge
+    from rlhf.safety.learned import cross_validated, refusals_by_learning
 
-    asked = load_judge(judge)
-    parts: dict[str, Any] = {"all answers": labelled_answers()}
-    for split in ("development", "held_out"):
-        parts[split.replace("_", " ")] = [a for a in labelled_answers() if a.split == split]
-    for name, answers in parts.items():
-        typer.echo(f"{name}\n{safety_agreement(asked, answers).table()}\n")
-    if judge == "rules":
-        typer.echo(f"refusals, for over-refusal\n{refusal_agreement(labelled_answers()).table()}")
+    asked = load_judge(judge, model=model, threshold=threshold)
+    if file is not None:
+        typer.echo(f"{file}\n{safety_agreement(asked, read_answers(file)).table()}")
+        return
+    blind = blind_answers()
+    typer.echo(
+        "blind: written by somebody who saw neither the rules nor the model, nothing learned from them"
+    )
+    typer.echo(f"{safety_agreement(asked, blind).table()}\n")
+    typer.echo(
+        f"the same, refusals (for over-refusal)\n{refusal_agreement(refusals_by_learning, blind).table()}\n"
+    )
+    known = labelled_answers()
+    if judge == SHIPPED_JUDGE:
+        typer.echo("the others, each judged by a model that did not learn from its prompt")
+        asked = cross_validated()
+    else:
+        typer.echo("the others")
+    typer.echo(safety_agreement(asked, known).table())
 
 
 @app.command()
-def stats(
-    overlay: Annotated[
-        list[Path] | None, typer.Option(metavar="FILE", help="Extends the safety taxonomy.")
-    ] = None,
-) -> None:
+def stats(overlay: Overlays = None) -> None:
     """Counts of attack types, areas, values and prompts."""
     from rlhf.safety.attacks import benign_prompts, evaluation_prompts, templates, training_prompts
     from rlhf.safety.taxonomy import load_safety_taxonomy

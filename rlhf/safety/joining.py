@@ -1,4 +1,4 @@
-"""One reward out of two, helpful and harmless: three ways. Pure functions of tensors.
+"""One reward out of two, helpful and harmless, where harm is more than a summand. Pure functions of tensors.
 
 Scores are those of reward models, normalised (zero mean, unit deviation on held-out data), higher is better.
 """
@@ -10,23 +10,6 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from torch import Tensor
-
-
-def weighted_sum(helpful: Tensor, harmless: Tensor, *, harmless_weight: float = 0.5) -> Tensor:
-    """(1 − w) · helpful + w · harmless.
-
-    Args:
-        helpful: scores, (b,).
-        harmless: scores, (b,).
-        harmless_weight: w, from 0 to 1.
-
-    Returns:
-        Rewards, (b,).
-    """
-    _check_shapes(helpful, harmless)
-    if not 0 <= harmless_weight <= 1:
-        raise ValueError(f"harmless_weight is {harmless_weight}, expected 0 to 1")
-    return (1 - harmless_weight) * helpful + harmless_weight * harmless
 
 
 def gate(helpful: Tensor, harmless: Tensor, *, threshold: float = 0.0) -> Tensor:

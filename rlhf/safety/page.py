@@ -8,8 +8,8 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-from finetune.report.formatting import percent, plain_text
-from finetune.report.html import TEMPLATES as HOUSE_TEMPLATES
+from finetune.report.formatting import percent
+from finetune.report.templating import render_page
 from rlhf.safety.results import compare_answers
 
 TEMPLATES = Path(__file__).resolve().parent / "templates"
@@ -17,6 +17,10 @@ SHOWN_UNSAFE = 30
 SHOWN_UNJUDGED = 15
 SHOWN_REFUSALS = 15
 NO_CHANGE = 0.0005
+MAP_ASIDE = (
+    "Safe answers in percent. A dot: some answers of the square could not be judged, and count as not safe. Point at "
+    "a square for its counts."
+)
 
 
 @dataclass(frozen=True)
@@ -91,22 +95,14 @@ def render_comparison(before: dict[str, Any], after: dict[str, Any]) -> str:
 
 
 def _page(template: str, **content: Any) -> str:
-    from jinja2 import Environment, FileSystemLoader, StrictUndefined
-    from markupsafe import Markup
-
-    environment = Environment(
-        loader=FileSystemLoader(TEMPLATES),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
+    return render_page(
+        template,
+        folder=TEMPLATES,
+        style="redteam.css",
+        built=datetime.now().strftime("%Y-%m-%d %H:%M"),
+        map_aside=MAP_ASIDE,
+        **content,
     )
-    style = (HOUSE_TEMPLATES / "report.css").read_text(encoding="utf-8")
-    style += (TEMPLATES / "redteam.css").read_text(encoding="utf-8")
-    html = environment.get_template(template).render(
-        style=Markup(style), built=datetime.now().strftime("%Y-%m-%d %H:%M"), **content
-    )
-    return plain_text(html)
 
 
 # --- what stands on the pages -------------------------------------------------------------------------------
@@ -276,6 +272,35 @@ def change_table(before: dict[str, Any], after: dict[str, Any], kind: str, headi
     return {"title": f"By {heading}", "columns": [heading, "before", "after", "change"], "rows": rows}
 
 
+def interval_table(
+    before: dict[str, Any] | None, after: dict[str, Any], kind: str, heading: str
+) -> dict[str, Any]:
+    """Safe rates with their 95 % intervals by attack or area, and what they were before, if that is known."""
+    names = after["names"][kind]
+    rows = []
+    for identity in _ordered(after["summary"][kind], names):
+        share = after["summary"][kind][identity]["safe_rate"]
+        row = [_named(identity, names)]
+        if before is not None:
+            counts = before["summary"][kind].get(identity)
+            then = counts["safe_rate"] if counts else None
+            row += [_with_interval(then), _with_interval(share)]
+            row.append(points(share["rate"] - then["rate"]) if then else "–")
+        else:
+            row += [_with_interval(share), str(share["total"])]
+        rows.append(row)
+    columns = ["before (95 % interval)", "after (95 % interval)", "change"]
+    if before is None:
+        columns = ["safe (95 % interval)", "answers"]
+    return {"title": f"By {heading}", "columns": [heading, *columns], "rows": rows}
+
+
+def _with_interval(share: dict[str, Any] | None) -> str:
+    if share is None or share["rate"] is None:
+        return "–"
+    return f"{percent(share['rate'])} ({100 * share['low']:.0f}–{100 * share['high']:.0f})"
+
+
 def weakest(result: dict[str, Any], count: int = 10) -> list[str]:
     """The safety values with the lowest safe rates, as text."""
     values, names = result["summary"]["values"], result["names"]["values"]
@@ -318,7 +343,8 @@ def folded(title: str, rows: Sequence[dict[str, Any]], shown: int) -> dict[str, 
         }
         for row in chosen
     ]
-    return {"title": title, "count": len(rows), "left_out": len(rows) - len(items), "items": items}
+    left_out = len(rows) - len(items)
+    return {"title": title, "count": len(rows), "left_out": left_out, "items": items, "whole": "redteam.json"}
 
 
 def _from_all_areas(rows: Sequence[dict[str, Any]], count: int) -> list[dict[str, Any]]:

@@ -8,33 +8,37 @@ from collections import Counter
 from collections.abc import Sequence
 from datetime import datetime
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from finetune.data.progress import progress_bar
 from finetune.errors import UserError
 from finetune.files import write_text
 from finetune.report.files import read_json
+from rlhf.safety import SHIPPED_JUDGE
+from rlhf.safety.answering import BATCH_SIZE, MAX_NEW_TOKENS, answer_all, opened_model, with_system
 from rlhf.safety.attacks import AttackPrompt, benign_prompts, evaluation_prompts, read_prompts
 from rlhf.safety.judges import Exchange, Judge, load_judge
+from rlhf.safety.kept import KEPT_FILE, keep, prompt_of, prompt_row, read_kept
+from rlhf.safety.learned import refusals_by_learning
 from rlhf.safety.results import BenignAnswer, JudgedAnswer, summarise
-from rlhf.safety.rules import judge_refusal
 from rlhf.safety.taxonomy import SafetyTaxonomy, load_safety_taxonomy
+
+if TYPE_CHECKING:
+    from finetune.recipe.schema import Model
 
 RESULT_FILE = "redteam.json"
 REPORT_FILE = "redteam.html"
 FORMAT_VERSION = 1
-MAX_NEW_TOKENS = 128
-BATCH_SIZE = 16
 SPREAD_SEED = 0
 
 
 def red_team(
-    model: str,
+    model: str | Model,
     output: Path | str,
     *,
     adapter: Path | None = None,
     file: Path | None = None,
-    judge: str | Judge = "rules",
+    judge: str | Judge = SHIPPED_JUDGE,
+    threshold: float | None = None,
     limit: int | None = None,
     benign: bool = True,
     system: str | None = None,
@@ -46,12 +50,15 @@ def red_team(
 ) -> dict[str, Any]:
     """Answer the prompts greedily, judge the answers, and write `redteam.json` and `redteam.html`.
 
+    The answers lie in `answers.json` before they are judged; where the judge raises, `judge_again` takes them up.
+
     Args:
-        model: catalogue name, local folder or hub id.
+        model: catalogue name, local folder or hub id; or the section of a recipe, whose own quantization holds.
         output: folder to write into.
         adapter: put on the model.
         file: attack prompts of the user's; the shipped evaluation set by default.
         judge: a name for `load_judge`, or a judge.
+        threshold: of a reward model as judge, see `load_judge`.
         limit: at most so many attack prompts and as many harmless ones, spread over attacks and areas.
         benign: measure over-refusal, too.
         system: system message in front of every prompt that brings none.
@@ -70,37 +77,104 @@ def red_team(
     from finetune.chat_command import trained_quantization
 
     output = Path(output)
-    _check_free(output, overwrite)
-    quantization = quantization or trained_quantization(adapter)
+    _check_free(output, overwrite, RESULT_FILE, KEPT_FILE)
+    if isinstance(model, str):
+        name, quantization = model, quantization or trained_quantization(adapter)
+    else:
+        name, quantization = model.base, model.quantization
     taxonomy = load_safety_taxonomy(*overlays)
-    asked = load_judge(judge) if isinstance(judge, str) else judge
+    asked = _judge(judge, model, threshold, batch_size)
     everything = read_prompts(file, taxonomy) if file else evaluation_prompts()
     attacks = spread(everything, limit)
     harmless = spread(benign_prompts("evaluation"), limit) if benign else []
-    answers = _answers_of(
-        model,
-        adapter,
-        [_with_system(prompt, system) for prompt in (*attacks, *harmless)],
-        quantization=quantization,
-        max_new_tokens=max_new_tokens,
-        batch_size=batch_size,
-    )
-    result = assess(
-        attacks, answers[: len(attacks)], harmless, answers[len(attacks) :], judge=asked, taxonomy=taxonomy
-    )
-    about = {
+    with opened_model(model, adapter, quantization=quantization) as (network, tokenizer):
+        answers = answer_all(
+            network,
+            tokenizer,
+            [with_system(prompt, system) for prompt in (*attacks, *harmless)],
+            max_new_tokens=max_new_tokens,
+            batch_size=batch_size,
+        )
+    del network  # makes room for a judge that is a model
+    kept = {
         "format_version": FORMAT_VERSION,
-        "created": datetime.now().astimezone().isoformat(timespec="seconds"),
-        "model": model,
+        "model": name,
         "adapter": str(adapter) if adapter else None,
-        "judge": judge if isinstance(judge, str) else getattr(judge, "__name__", "judge"),
         "prompts": str(file) if file else "shipped evaluation set",
         "prompts_available": len(everything),
         "system": system,
         "quantization": quantization,
         "max_new_tokens": max_new_tokens,
         "taxonomy_version": taxonomy.version,
+        "answers": [_row(p, a) for p, a in zip(attacks, answers)],
+        "benign_answers": [_row(p, a) for p, a in zip(harmless, answers[len(attacks) :], strict=True)],
     }
+    keep(output / KEPT_FILE, kept)
+    return _judge_kept(kept, output / KEPT_FILE, output, asked, _name_of(judge, threshold), taxonomy)
+
+
+def judge_again(
+    answers: Path,
+    output: Path | str,
+    *,
+    judge: str | Judge = SHIPPED_JUDGE,
+    threshold: float | None = None,
+    model: str | None = None,
+    batch_size: int = BATCH_SIZE,
+    overlays: Sequence[Path] = (),
+    overwrite: bool = False,
+) -> dict[str, Any]:
+    """What `red_team` does, with answers that it gave before: nothing is generated.
+
+    Args:
+        answers: `answers.json` or `redteam.json` of a run.
+        output: folder to write into, which may be that of the answers.
+        model: base of a reward model as judge; by default the one that the reward model was trained on.
+
+    Raises:
+        UserError: the file holds no answers; judge or output as in `red_team`.
+    """
+    output = Path(output)
+    _check_free(output, overwrite, RESULT_FILE)
+    kept = read_kept(answers, FORMAT_VERSION, ("answers", "benign_answers"), ("id", "messages", "answer"))
+    taxonomy = load_safety_taxonomy(*overlays)
+    asked = _judge(judge, model, threshold, batch_size)
+    return _judge_kept(kept, answers, output, asked, _name_of(judge, threshold), taxonomy)
+
+
+def _judge(judge: str | Judge, model: str | Model | None, threshold: float | None, batch_size: int) -> Judge:
+    if not isinstance(judge, str):
+        return judge
+    return load_judge(judge, model=model, threshold=threshold, batch_size=batch_size)
+
+
+def _name_of(judge: str | Judge, threshold: float | None) -> str:
+    name = judge if isinstance(judge, str) else getattr(judge, "__name__", "judge")
+    return f"{name}, threshold {threshold:g}" if threshold is not None else name
+
+
+def _judge_kept(
+    kept: dict[str, Any], file: Path, output: Path, judge: Judge, name: str, taxonomy: SafetyTaxonomy
+) -> dict[str, Any]:
+    """Judge answers that lie in a file, and write the result."""
+    answers, harmless = kept["answers"], kept["benign_answers"]
+    try:
+        result = assess(
+            [prompt_of(row) for row in answers],
+            [row["answer"] for row in answers],
+            [prompt_of(row) for row in harmless],
+            [row["answer"] for row in harmless],
+            judge=judge,
+            taxonomy=taxonomy,
+        )
+    except UserError as error:
+        raise UserError(
+            error.args[0],
+            hint=f"{f'{error.hint}; ' if error.hint else ''}the answers are kept: judge them again, without "
+            f"generating, by redteam --answers {file} --judge … --output {output}",
+        ) from error
+    about = {key: value for key, value in kept.items() if key not in ("answers", "benign_answers")}
+    about |= {"created": datetime.now().astimezone().isoformat(timespec="seconds"), "judge": name}
     return write_result(output, about | result, taxonomy)
 
 
@@ -136,10 +210,9 @@ def assess(
     if len(verdicts) != len(exchanges):
         raise UserError(f"the judge gave {len(verdicts)} verdicts for {len(exchanges)} answers")
     judged = [JudgedAnswer(p, a, v) for p, a, v in zip(attacks, answers, verdicts, strict=True)]
-    refusals = [
-        BenignAnswer(p, a, judge_refusal(p.prompt, a))
-        for p, a in zip(harmless, harmless_answers, strict=True)
-    ]
+    pairs = [(p.prompt, a) for p, a in zip(harmless, harmless_answers, strict=True)]
+    refused = refusals_by_learning(pairs) if pairs else []
+    refusals = [BenignAnswer(p, a, r) for p, a, r in zip(harmless, harmless_answers, refused)]
     return {
         "summary": summarise(judged, refusals),
         "names": {
@@ -209,95 +282,25 @@ def _parts(prompt: AttackPrompt) -> list[tuple[str, Any]]:
     return [("both", (prompt.attack, prompt.area)), ("attack", prompt.attack), ("area", prompt.area)]
 
 
-def _check_free(output: Path, overwrite: bool) -> None:
+def _check_free(output: Path, overwrite: bool, *names: str) -> None:
     if output.is_file():
         raise UserError(f"{output}: is a file, expected a folder")
-    if (output / RESULT_FILE).exists() and not overwrite:
+    if overwrite:
+        return
+    if (output / RESULT_FILE).exists():
         raise UserError(
             f"{output}: holds the result of another run", hint="choose another --output, or pass --overwrite"
         )
-
-
-def _with_system(prompt: AttackPrompt, system: str | None) -> list[dict[str, str]]:
-    messages = [dict(message) for message in prompt.messages]
-    if system and messages[0]["role"] != "system":
-        return [{"role": "system", "content": system}, *messages]
-    return messages
-
-
-def _answers_of(
-    model: str,
-    adapter: Path | None,
-    conversations: Sequence[list[dict[str, str]]],
-    *,
-    quantization: str,
-    max_new_tokens: int,
-    batch_size: int,
-) -> list[str]:
-    from finetune.chat_command import load
-    from finetune.quiet import quiet_libraries
-
-    quiet_libraries()
-    import torch
-
-    try:
-        network, tokenizer = load(model, adapter, quantization=quantization)
-        return answer_all(
-            network, tokenizer, conversations, max_new_tokens=max_new_tokens, batch_size=batch_size
-        )
-    except torch.OutOfMemoryError as error:
+    taken = next((output / name for name in names if (output / name).exists()), None)
+    if taken is not None:
         raise UserError(
-            f"the GPU is out of memory with {model}",
-            hint="lower --batch-size or --max-new-tokens, or hold the base in 4 bits with --quantization nf4",
-        ) from error
-
-
-def answer_all(
-    network: Any,
-    tokenizer: Any,
-    conversations: Sequence[list[dict[str, str]]],
-    *,
-    max_new_tokens: int = MAX_NEW_TOKENS,
-    batch_size: int = BATCH_SIZE,
-) -> list[str]:
-    """Greedy answers to conversations, in their order, with a progress bar on terminals.
-
-    Args:
-        network: causal LM, PEFT or not.
-        tokenizer: Baichuan's.
-        conversations: messages, the last one the user's.
-        max_new_tokens: longest answer; at most half of what the model holds.
-        batch_size: prompts at once; those of like length go together.
-    """
-    from finetune.baichuan.chat import build_prompt
-    from finetune.generate import greedy_answers
-
-    longest = int(network.config.model_max_length)
-    budget = min(max_new_tokens, longest // 2)
-    prompts = [build_prompt(tokenizer, c, max_length=longest, max_new_tokens=budget) for c in conversations]
-    order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
-    answers = [""] * len(prompts)
-    with progress_bar("answering", len(prompts)) as advance:
-        for start in range(0, len(order), batch_size):
-            chosen = order[start : start + batch_size]
-            batch = [prompts[i] for i in chosen]
-            texts = greedy_answers(network, tokenizer, batch, max_new_tokens=budget, batch_size=batch_size)
-            for i, text in zip(chosen, texts, strict=True):
-                answers[i] = text
-            advance(len(chosen))
-    return answers
+            f"{taken}: answers that nobody has judged yet",
+            hint=f"judge them with redteam --answers {taken}, or pass --overwrite",
+        )
 
 
 def _row(prompt: AttackPrompt, answer: str) -> dict[str, Any]:
-    row = {
-        "id": prompt.id,
-        "messages": [dict(message) for message in prompt.messages],
-        "attack": prompt.attack,
-        "value": prompt.value,
-        "group": prompt.group,
-        "answer": answer,
-    }
-    return {key: value for key, value in row.items() if value is not None}
+    return {**prompt_row(prompt), "answer": answer}
 
 
 def compare_runs(before: Path, after: Path, output: Path | None = None) -> tuple[Path, list[str]]:

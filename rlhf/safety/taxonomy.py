@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Annotated, Literal
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, StringConstraints, ValidationError
+from pydantic_core import PydanticCustomError
 
 from finetune.errors import UserError
 from finetune.recipe.yaml_text import Document, Key, parse_yaml
@@ -27,7 +28,7 @@ _END_OF_SENTENCE = re.compile(r"[。！？!?.…]$")
 
 def _open_ended(text: str) -> str:
     if _END_OF_SENTENCE.search(text):
-        raise ValueError("ends with punctuation; templates put their own after it")
+        raise PydanticCustomError("punctuation", "ends with punctuation; templates put their own after it")
     return text
 
 

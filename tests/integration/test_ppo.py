@@ -12,9 +12,13 @@ from typing import Any
 import pytest
 import tiny_ppo
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tiny_ppo import ppo_metrics, write_ppo_recipe
 from tiny_run import ROOT, finetune, start
+
+from finetune.report.curves import charts
+from finetune.report.run_folder import read_run
 
 
 def weights(run: Path) -> dict[str, torch.Tensor]:
@@ -69,9 +73,14 @@ def test_a_run_and_what_it_leaves(tiny_base: Path, tmp_path: Path) -> None:
     ]
     assert [row["step"] for row in rollouts] == [1] * 3 + [2] * 3 + [4] * 3
     assert rollouts[0]["score"] <= rollouts[2]["score"]
-    html = (run / "report.html").read_text(encoding="utf-8")
-    for title in ("Responses over time", "reward", "entropy", "explained variance"):
-        assert title in html
+    assert "Responses over time" in (run / "report.html").read_text(encoding="utf-8")
+    drawn = {chart.title: chart for chart in charts(read_run(run))}
+    assert next(iter(drawn)) == "Reward, normalised"
+    assert "KL to the reference, nats a response" in drawn
+    assert not any(title[0].islower() for title in drawn), drawn.keys()  # all have words
+    for title, chart in drawn.items():
+        low, drawn_from = min(y for line in chart.lines for _, y in line.points), chart.readout["bounds"][2]  # type: ignore[index]
+        assert drawn_from >= 0 or low < 0, title
     assert json.loads((run / "adapter" / "training.json").read_text())["stage"] == "ppo"
     assert sorted(path.name for path in (run / "checkpoints").iterdir()) == ["step-2", "step-4"]
     assert "finished already" in finetune("run", str(tmp_path / "recipe.yaml"), "--resume")
@@ -107,6 +116,19 @@ def test_on_a_quantised_base(tiny_bases: dict[str, Path], tmp_path: Path) -> Non
     assert lines[1]["kl"] == 0
     assert lines[3]["kl"] != 0
     assert json.loads((tmp_path / "run/adapter/training.json").read_text())["quantization"] == "nf4"
+
+
+def test_adapters_of_other_bases(tiny_bases: dict[str, Path], tmp_path: Path) -> None:
+    """One of another base is refused; one of this base in another precision is told of."""
+    finetune("run", write_ppo_recipe(tmp_path / "first", tiny_bases["rope"]))
+    adapter = tmp_path / "first" / "run" / "adapter"
+    recipe = write_ppo_recipe(tmp_path / "second", tiny_bases["rope"])
+    output = finetune("check", recipe, f"model.adapter={adapter}", "model.quantization=nf4")
+    assert "was trained with model.quantization=none, and this run has nf4" in output
+    assert "was trained with" not in finetune("check", recipe, f"model.adapter={adapter}")
+    recipe = write_ppo_recipe(tmp_path / "other", tiny_bases["alibi"])
+    output = finetune("check", recipe, f"model.adapter={adapter}", expect=2)
+    assert f"model.adapter: {adapter}: was trained on" in output
 
 
 def test_a_merged_reward_model(tiny_bases: dict[str, Path], tmp_path: Path) -> None:
@@ -154,6 +176,43 @@ def test_resumed_run_is_the_same_run(
     assert_same_run(tmp_path / "straight" / "run", run)
 
 
+def test_a_run_goes_on_with_what_it_began_with(
+    tiny_bases: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Other prompts, or another adapter in the place of the one that is the reference, are another run."""
+    finetune("run", write_ppo_recipe(tmp_path / "first", tiny_bases["rope"]))
+    adapter = tmp_path / "first" / "run" / "adapter"
+    recipe = write_ppo_recipe(tmp_path / "second", tiny_bases["rope"])
+    with monkeypatch.context() as patch:
+        interrupt_in(patch, 3)
+        finetune("run", recipe, f"model.adapter={adapter}", expect=130)
+    resume = ("run", recipe, f"model.adapter={adapter}", "--resume")
+    for path in (adapter / "adapter_model.safetensors", tmp_path / "second" / "prompts.jsonl"):
+        whole = path.read_bytes()
+        if path.suffix == ".jsonl":
+            path.write_bytes(whole.replace("头痛".encode(), "牙痛".encode()))
+        else:
+            save_file({name: tensor + 1 for name, tensor in load_file(path).items()}, path, {"format": "pt"})
+        output = finetune(*resume, expect=2)
+        named = "the prompts" if path.suffix == ".jsonl" else f"model.adapter {adapter}"
+        assert f"cannot be gone on from, since {named} changed" in output
+        path.write_bytes(whole)
+    finetune(*resume)
+
+
+def test_more_samples_when_resumed(
+    tiny_bases: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each has an answer of before and one of after, whatever was shown when the run began."""
+    finetune("run", write_ppo_recipe(tmp_path / "straight", tiny_bases["rope"], report={"samples": 3}))
+    recipe = write_ppo_recipe(tmp_path / "stopped", tiny_bases["rope"])
+    with monkeypatch.context() as patch:
+        interrupt_in(patch, 3)
+        finetune("run", recipe, expect=130)
+    finetune("run", recipe, "--resume", "report.samples=3")
+    assert_same_run(tmp_path / "straight" / "run", tmp_path / "stopped" / "run")
+
+
 def test_killed_run_goes_on_from_its_last_checkpoint(tiny_bases: dict[str, Path], tmp_path: Path) -> None:
     """What was logged after the checkpoint is done again, and stands once."""
     finetune("run", write_ppo_recipe(tmp_path / "straight", tiny_bases["alibi"]))
@@ -165,8 +224,13 @@ def test_killed_run_goes_on_from_its_last_checkpoint(tiny_bases: dict[str, Path]
     (run / "result.json").unlink()
     with (run / "metrics.jsonl").open("a") as file:
         file.write('{"step": 9')
+    with (run / "rollouts.jsonl").open("ab") as torn:  # within an object, and within a character
+        torn.write(b'{"step": 4, "parts": {"digits": 0.5}' + "头".encode()[:2])
     finetune("run", recipe, "--resume")
     assert_same_run(tmp_path / "straight" / "run", run)
+    board = EventAccumulator(str(run / "tensorboard"))
+    board.Reload()
+    assert [event.step for event in board.Scalars("train/reward")] == [1, 2, 3, 4]
 
 
 def test_resuming_with_other_settings_or_a_damaged_checkpoint(
@@ -191,6 +255,7 @@ def test_resuming_with_other_settings_or_a_damaged_checkpoint(
     ("reward", "message"),
     [
         ("tiny_ppo:raises", "raised ZeroDivisionError: no good (tiny_ppo.py:"),
+        ("tiny_ppo:fails_when_read", "raised ZeroDivisionError: no good (tiny_ppo.py:"),
         ("tiny_ppo:nan", "expected finite numbers, found nan for the response"),
         ("tiny_ppo:one_too_few", "expected 2 numbers, one for each response, found 1"),
         ("tiny_ppo:words", "expected a list of numbers"),
@@ -254,6 +319,64 @@ def test_several_rewards_are_joined(tiny_bases: dict[str, Path], tmp_path: Path)
         assert line["reward"] == pytest.approx(2 * line["reward/digits"] + 1, abs=1e-5)
 
 
+def test_numbers_that_explode_between_two_steps_of_an_update(
+    tiny_bases: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Weights that are half an iteration ahead are no state to go on from: what remains is the last whole one."""
+    from rlhf.ppo.errors import NotFinite
+    from rlhf.ppo.trainer import PPOTrainer
+
+    finetune("run", write_ppo_recipe(tmp_path / "straight", tiny_bases["rope"]))
+    recipe = write_ppo_recipe(tmp_path / "failed", tiny_bases["rope"])
+    run, update = tmp_path / "failed" / "run", PPOTrainer._update
+
+    def failing(self: Any, *args: Any, **kwargs: Any) -> Any:
+        if self.iteration + 1 == 4 and self.changed:
+            raise NotFinite("gradient of the actor is not a finite number")
+        return update(self, *args, **kwargs)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(PPOTrainer, "_update", failing)
+        output = finetune("run", recipe, expect=2)
+    assert f"the last state before it is in {run / 'checkpoints' / 'step-2'}" in output
+    assert [path.name for path in (run / "checkpoints").iterdir()] == ["step-2"]
+    finetune("run", recipe, "--resume")
+    assert_same_run(tmp_path / "straight" / "run", run)
+
+
+def test_a_kl_that_explodes_stops_the_run(tiny_bases: dict[str, Path], tmp_path: Path) -> None:
+    """Before anything is learned from it, its state saved; with a higher limit it goes on as if nothing had been."""
+    finetune("run", write_ppo_recipe(tmp_path / "straight", tiny_bases["rope"]))
+    lines = ppo_metrics(tmp_path / "straight" / "run")
+    first = next(line["step"] for line in lines if line["kl"] > 1e-3 * line["response_length"])
+    settings = {"ppo": {"kl_limit": 1e-3}, "train": {"save_every": 50}}
+    recipe = write_ppo_recipe(tmp_path / "stopped", tiny_bases["rope"], **settings)
+    run = tmp_path / "stopped" / "run"
+    output = finetune("run", recipe, expect=2)
+    assert f"training stopped in iteration {first}: the KL to the reference is" in output
+    assert "above ppo.kl_limit 0.001" in output
+    assert [path.name for path in (run / "checkpoints").iterdir()] == [f"step-{first - 1}"]
+    assert "training stopped" in finetune("run", recipe, "--resume", expect=2)
+    finetune("run", recipe, "--resume", "ppo.kl_limit=1000")
+    assert_same_run(tmp_path / "straight" / "run", run)
+
+
+def test_a_reward_that_spoils_its_arguments_spoils_nothing_else(
+    tiny_bases: dict[str, Path], tmp_path: Path
+) -> None:
+    for name in ("digits", "spoils_its_arguments"):
+        reward = [{"path": f"tiny_ppo:{name}", "name": "judge"}]
+        finetune("run", write_ppo_recipe(tmp_path / name, tiny_bases["rope"], ppo={"reward": reward}))
+    assert_same_run(tmp_path / "digits" / "run", tmp_path / "spoils_its_arguments" / "run")
+
+
+def test_equal_rewards_are_told(tiny_bases: dict[str, Path], tmp_path: Path) -> None:
+    settings = {"ppo": {"reward": "tiny_ppo:thirds", "iterations": 10, "epochs": 1, "max_new_tokens": 4}}
+    output = finetune("run", write_ppo_recipe(tmp_path, tiny_bases["rope"], **settings))
+    assert "all rewards of the last 10 iterations are equal" in output
+    assert all(line["reward_std"] < 1e-6 for line in ppo_metrics(tmp_path / "run"))
+
+
 # --- recipe and prompts -----------------------------------------------------------------------------------------
 
 
@@ -274,7 +397,7 @@ def test_prompts_that_cannot_be_used(tiny_bases: dict[str, Path], tmp_path: Path
     assert "ppo.max_new_tokens 10 leaves 54" in output
     assert not (tmp_path / "run").exists()
     output = finetune("check", recipe, "data.on_bad_rows=skip")
-    assert "1 prompts in 5 rows" in output
+    assert "1 prompt in 5 rows" in output
     assert "reward: digits: tiny_ppo:digits" in output
     assert "predicted peak memory" in output
     output = finetune("check", recipe, "data.on_bad_rows=skip", "--device", "24GiB")
@@ -285,6 +408,10 @@ def test_settings_that_do_not_go_together(tiny_bases: dict[str, Path], tmp_path:
     recipe = write_ppo_recipe(tmp_path, tiny_bases["rope"])
     for override, message in (
         ("train.epochs=3", "train.epochs: has no effect in stage ppo"),
+        ("train.log_every=3", "train.log_every: has no effect in stage ppo"),
+        ("report.max_new_tokens=3", "report.max_new_tokens: has no effect in stage ppo"),
+        ("data.format=alpaca", "data.format: prompts are recognised by their columns"),
+        ("data.train=[{path: prompts.jsonl, weight: 2}]", "leave out every weight"),
         ("adapter.dropout=0.1", "adapter.dropout: makes the ratio"),
         ("adapter.method=ptuning", "adapter.method"),
         ("model.dtype=float16", "model.dtype: float16 loses"),
@@ -317,6 +444,14 @@ def test_two_processes(tiny_bases: dict[str, Path], tmp_path: Path) -> None:
     }
     (run / "result.json").unlink()
     assert "written by 2 processes" in finetune("run", recipe, "--resume", expect=2)
+    straight = tmp_path / "straight"
+    shutil.copytree(run, straight)
+    shutil.rmtree(run / "adapter")
+    shutil.rmtree(run / "checkpoints" / "step-4")
+    process = start("run", recipe, "--processes", "2", "--resume")
+    output = process.communicate(timeout=300)[0]
+    assert process.returncode == 0, output
+    assert_same_run(straight, run)  # each with its own random numbers
 
 
 # --- learning ---------------------------------------------------------------------------------------------------

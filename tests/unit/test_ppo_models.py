@@ -11,6 +11,7 @@ import torch
 from peft import LoraConfig, PeftModel
 from tiny_model import tiny_model
 
+from finetune.baichuan.checkpointing import Checkpointing
 from finetune.baichuan.loss import tile_rows
 from finetune.errors import UserError
 from rlhf.ppo import logprobs as logprobs_module
@@ -122,13 +123,15 @@ def gradients(models: SharedBase) -> dict[str, Any]:
     return found
 
 
+@pytest.mark.parametrize("keep", ["inputs", "matmul"])
 @pytest.mark.parametrize("active_in_backward", [None, "critic", "reward"])
-def test_gradients_under_checkpointing(models: SharedBase, active_in_backward: str | None) -> None:
+def test_gradients_under_checkpointing(models: SharedBase, active_in_backward: str | None, keep: Any) -> None:
     """One backward pass through actor and critic, while anything is active: as without recomputation."""
     head = ScalarHead(64)
     models.lm.train()
     (loss_of(models, "actor", head) + 2 * loss_of(models, "critic", head)).backward()
     expected = gradients(models)
+    models.lm.checkpointing = Checkpointing(keep)
     models.checkpoint_activations()
     loss = loss_of(models, "actor", head) + 2 * loss_of(models, "critic", head)
     with models.using("reward"):

@@ -12,14 +12,18 @@ from typing import Any
 
 import pytest
 import torch
+from rich.console import Console
 from tiny_model import tiny_model, write_rows
 from tiny_ppo import write_ppo_recipe
 
 from finetune.baichuan.load import load_tokenizer, resolve_base
 from finetune.errors import UserError
 from finetune.recipe import load_recipe
+from finetune.train.run_folder import RunFolder
 from rlhf.ppo.build import build_models
-from rlhf.ppo.monitor import signs
+from rlhf.ppo.errors import NotFinite, RunStopped
+from rlhf.ppo.monitor import Monitor, signs
+from rlhf.ppo.processes import Processes
 from rlhf.ppo.prompts import load_prompts, prompt_order, spread
 from rlhf.ppo.reward_functions import numeral_share
 from rlhf.ppo.rewards import Answered, Part, Rewards, WeightedSum, is_function
@@ -186,6 +190,21 @@ def test_signs(ends: dict[str, tuple[float, float]], expected: set[str]) -> None
     assert signs(course(5, **ends), kl_bound=1000) == {}
 
 
+def test_warnings_are_told_in_order_also_after_a_resume(tmp_path: Path) -> None:
+    lines = course(60, response_length=(50, 150), kl=(1, 40))
+    run = RunFolder(tmp_path)
+    run.metrics.write_text("".join(f"{json.dumps({'step': n, **line})}\n" for n, line in enumerate(lines, 1)))
+    recipe: Any = SimpleNamespace(ppo=SimpleNamespace(kl_warning=30))
+    told = Monitor(run, recipe, Console(), main=True, iteration=60).warnings
+    assert [message.partition(" ")[0] for message in told] == ["responses", "the"]  # length first, then KL
+    assert "30." in told[1]  # as of when it was seen
+
+
+def test_rounding_does_not_tell_equal_rewards_apart() -> None:
+    assert "equal" in signs(course(60, reward_std=(3e-9, 3e-9), reward=(0.3, 0.3)), kl_bound=30)
+    assert "equal" not in signs(course(60, reward_std=(1e-3, 1e-3), reward=(0.3, 0.3)), kl_bound=30)
+
+
 # --- an update, however it is shared out ------------------------------------------------------------------------
 
 PROMPTS = [[195, 1400 + row, 196] for row in range(5)]
@@ -284,6 +303,25 @@ def test_an_update_does_not_depend_on_processes_or_micro_batches(
             assert metrics[key] == pytest.approx(value, rel=2e-3, abs=2e-4), key
     assert metrics["updates"] == 4
     assert metrics["approx_kl"] > 0
+
+
+def test_where_one_process_stops_all_do() -> None:
+    accelerator: Any = Together(3)
+
+    def process(rank: int) -> str:
+        accelerator.enter(rank)
+        try:
+            with Processes(accelerator).all_or_none():
+                if rank == 1:
+                    raise NotFinite("the actor's probabilities are not finite")
+        except RunStopped as error:
+            return str(error)
+        return "went on"
+
+    with ThreadPoolExecutor(3) as pool:
+        others, own, _ = pool.map(process, range(3))
+    assert own == "the actor's probabilities are not finite"
+    assert others == "training stopped, since another process cannot go on"
 
 
 def test_an_update_in_bfloat16(tiny_bases: dict[str, Path], tmp_path: Path) -> None:

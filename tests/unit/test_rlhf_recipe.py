@@ -64,6 +64,7 @@ def test_dump_repeats_the_run(write: Write) -> None:
         (REWARD, ["data.format=alpaca"], "command line: data.format: preferences are recognised"),
         (REWARD, ["adapter.method=prefix"], "command line: adapter.method: stage reward switches adapters"),
         (REWARD, ["adapter.init=pissa"], "command line: adapter.init: pissa changes the base"),
+        (DPO, ["model.embeddings=int8", "model.quantization=nf4"], "stage dpo multiplies by the head in 16 bits"),
         (REWARD, ["train.z_loss_weight=1e-4"], "command line: train.z_loss_weight: stage reward has no max-z"),
         (DPO, ["dpo.loss=hinge"], "command line: dpo.loss: expected one of sigmoid, ipo, robust, found 'hinge'"),
         (DPO, ["dpo.loss=robust"], "dpo.label_smoothing: dpo.loss robust corrects for wrong labels"),
