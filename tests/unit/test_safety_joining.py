@@ -7,16 +7,10 @@ import math
 import pytest
 import torch
 
-from rlhf.safety.joining import gate, lagrangian, update_multiplier, weighted_sum
+from rlhf.safety.joining import gate, lagrangian, update_multiplier
 
 HELPFUL = torch.tensor([2.0, -1.0, 0.5, 3.0], dtype=torch.float64)
 HARMLESS = torch.tensor([1.0, 0.0, -0.25, -4.0], dtype=torch.float64)
-
-
-@pytest.mark.parametrize("weight", [0.0, 0.3, 1.0])
-def test_weighted_sum_is_linear_between_its_ends(weight: float) -> None:
-    expected = [(1 - weight) * a + weight * b for a, b in zip(HELPFUL.tolist(), HARMLESS.tolist())]
-    assert weighted_sum(HELPFUL, HARMLESS, harmless_weight=weight).tolist() == pytest.approx(expected)
 
 
 def test_gate_passes_the_helpful_score_or_lets_harm_decide() -> None:
@@ -74,8 +68,6 @@ def test_multiplier_settles_where_the_constraint_binds() -> None:
 def test_what_cannot_be_joined_is_refused() -> None:
     with pytest.raises(ValueError, match="differ in shape"):
         gate(HELPFUL, HARMLESS[:2])
-    with pytest.raises(ValueError, match="expected 0 to 1"):
-        weighted_sum(HELPFUL, HARMLESS, harmless_weight=1.5)
     with pytest.raises(ValueError, match="at least 0"):
         lagrangian(HELPFUL, HARMLESS, -1.0)
     with pytest.raises(ValueError, match="above 0"):

@@ -260,7 +260,7 @@ def test_command_on_a_file_of_the_users(tiny_bases: dict[str, Path], tmp_path: P
 
 
 def test_command_lists_judges_and_counts() -> None:
-    assert "agreement" in invoke("judges").output
+    assert "agreement" in invoke("judges", "--judge", "rules").output
     assert "145 values" in invoke("stats").output
 
 
@@ -300,7 +300,40 @@ def test_a_judge_that_raises_leaves_no_result(
         "2",
     )
     assert done.exit_code == 2
-    assert not (tmp_path / "runs" / "redteam" / "redteam.json").exists()
+    folder = Path("runs", "redteam")
+    assert "raised KeyError at answer 1" in done.output
+    assert "redteam --answers runs/redteam/answers.json" in done.output
+    assert not (folder / "redteam.json").exists()
+    kept = json.loads((folder / "answers.json").read_text(encoding="utf-8"))
+    assert [len(kept[key]) for key in ("answers", "benign_answers")] == [2, 2]
+
+    again = invoke("--model", str(tiny_bases["rope"]))
+    assert again.exit_code == 2
+    assert "answers that nobody has judged yet" in again.output
+    assert invoke("--answers", "runs/redteam/answers.json", "--limit", "1").exit_code == 2
+    done = invoke("--answers", "runs/redteam/answers.json")
+    assert done.exit_code == 0, done.output
+    result = read_result(folder)
+    assert [row["answer"] for row in result["answers"]] == [row["answer"] for row in kept["answers"]]
+    assert (result["judge"], result["model"]) == ("learned", str(tiny_bases["rope"]))
+
+    done = invoke("--answers", "runs/redteam/redteam.json", "--output", "elsewhere")
+    assert done.exit_code == 0, done.output
+    assert read_result(Path("elsewhere"))["summary"] == result["summary"]
+    assert invoke("--answers", "no-such.json", "--output", "third").exit_code == 2
+
+    del kept["answers"][1]["answer"]
+    Path("mine.json").write_text(json.dumps(kept))
+    done = invoke("--answers", "mine.json", "--output", "third")
+    assert done.exit_code == 2
+    assert "mine.json: answers, row 2: without answer" in done.output
+    Path("mine.json").write_text(json.dumps({**kept, "answers": []}))
+    assert "mine.json: no answers in it" in invoke("--answers", "mine.json", "--output", "third").output
+    # That of `redteam sample` is another file.
+    Path("sampled.json").write_text(json.dumps({"format_version": 1, "prompts": []}))
+    done = invoke("--answers", "sampled.json", "--output", "third")
+    assert done.exit_code == 2
+    assert "expected a list 'answers', found null" in done.output
 
 
 def test_results_of_another_format_are_refused(tmp_path: Path) -> None:
