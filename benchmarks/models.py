@@ -10,6 +10,7 @@ from torch import nn
 
 from finetune.baichuan import BaichuanConfig, BaichuanForCausalLM
 from finetune.baichuan.attention import alibi_slopes
+from finetune.baichuan.layers import BaichuanRMSNorm
 from finetune.baichuan.load import quantization_config
 
 VOCAB = 125_696
@@ -181,8 +182,18 @@ class NaiveHead(nn.Module):
         return nn.functional.linear(hidden_states, nn.functional.normalize(self.weight))
 
 
+def plain_norm(hidden_states: torch.Tensor, weight: torch.Tensor, epsilon: float) -> torch.Tensor:
+    """RMS norm in separate operations, in float32."""
+    wide = hidden_states.float()
+    wide = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + epsilon)
+    return weight * wide.to(hidden_states.dtype)
+
+
 def make_naive(model: BaichuanForCausalLM) -> BaichuanForCausalLM:
-    """Put the naive attention and head into a model; its loss over float32 logits is the caller's."""
+    """Put the naive attention, norms and head into a model; its loss over float32 logits is the caller's."""
+    for module in model.modules():
+        if isinstance(module, BaichuanRMSNorm):
+            module.normalise = plain_norm
     mask = NaiveMask(alibi_slopes(model.config.num_attention_heads).to(model.device))
     for layer in model.model.layers:
         layer.self_attn = NaiveAttention(layer.self_attn, mask)
