@@ -154,6 +154,13 @@ def devices() -> Iterator[Finding]:
             "note",
             "enough for the nano models; 7B and 13B need a GPU (finetune check RECIPE predicts its memory)",
         )
+        chosen = _import("finetune.baichuan.cpu_matmul")
+        if chosen is not None:
+            faster = chosen.onednn_is_better()
+            value = (
+                f"oneDNN from hidden size {chosen.MIN_HIDDEN_SIZE} on" if faster else "as torch takes them"
+            )
+            yield Finding("float32 matmul", value)
         return
     for index in range(torch.cuda.device_count()):
         free, total = torch.cuda.mem_get_info(index)

@@ -18,8 +18,9 @@ A GPU needs some 500 rows to make up for reading the whole head; a CPU is as fas
 
 
 def tile_rows(vocab_size: int, device_type: str) -> int:
-    """Positions whose logits exist at once in the tiled loss."""
-    return max(16, TILE_ELEMENTS.get(device_type, 2**26) // vocab_size)
+    """Positions whose logits exist at once in the tiled loss; above 128 a multiple of it, for matrix units."""
+    rows = max(16, TILE_ELEMENTS.get(device_type, 2**26) // vocab_size)
+    return rows - rows % 128 if rows > 128 else rows
 
 
 def causal_lm_loss(
@@ -135,9 +136,11 @@ class _TiledLoss(torch.autograd.Function):
         weight_grad = torch.zeros_like(weight, dtype=torch.float32) if needs_weight else None
         tile = tile_rows(weight.shape[0], hidden.device.type)
         dtype = weight.dtype if weight_scales is None else hidden.dtype
-        # Two buffers for all tiles: fresh memory costs a CPU as much as the arithmetic on it.
+        # The same buffers for all tiles: fresh memory costs a CPU as much as the arithmetic on it.
         shape = (min(tile, hidden.shape[0]), weight.shape[0])
-        buffers = [torch.empty(shape, dtype=torch.float32, device=hidden.device) for _ in range(2)]
+        buffers = [torch.empty(shape, dtype=torch.float32, device=hidden.device)]
+        # A CPU's softmax goes over a row after another and may write where it reads.
+        buffers += buffers if hidden.device.type == "cpu" else [torch.empty_like(buffers[0])]
         for start in range(0, hidden.shape[0], tile):
             rows = hidden[start : start + tile].to(dtype)
             target = targets[start : start + tile]
@@ -150,11 +153,12 @@ class _TiledLoss(torch.autograd.Function):
                 logits.copy_(rows @ weight.T)
             learned = target != IGNORE_INDEX
             index = target.clamp(min=0)[:, None]
-            top, where = logits.max(-1)
+            # Without max-z only its value: finding its place takes a CPU four times as long.
+            top, where = logits.max(-1) if with_z else (logits.amax(-1), None)
             chosen = logits.gather(1, index)[:, 0]
             # One fused pass; the likeliest token's exp(0) / sum gives the sum back.
             torch.softmax(logits, -1, out=probabilities)
-            log_sum = top - probabilities.gather(1, where[:, None])[:, 0].log()
+            log_sum = top - probabilities.amax(-1).log()
             loss += ((log_sum - chosen) * learned).sum() * scale
             if with_z:
                 loss += top.pow(2).sum() * z_scale
@@ -164,7 +168,7 @@ class _TiledLoss(torch.autograd.Function):
             if with_z:  # without, every position here has a label
                 grad.mul_(counted)
             grad.scatter_add_(1, index, -counted)
-            if with_z:
+            if where is not None:
                 grad.scatter_add_(1, where[:, None], (2 * z_ratio * top)[:, None])
             if weight_grad is not None:
                 weight_grad += (grad.to(dtype).T @ rows).float()

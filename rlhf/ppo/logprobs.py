@@ -47,11 +47,13 @@ class _TiledLogprobs(torch.autograd.Function):
             rows = slice(start, start + tile)
             index = targets[rows, None]
             logits = (hidden[rows].to(weight.dtype) @ weight.T).float().div_(temperature)
-            log_p = logits.sub_(logits.logsumexp(-1, keepdim=True))
-            logprobs[rows] = log_p.gather(1, index)[:, 0]
-            p = log_p.exp()
-            entropy[rows] = -log_p.mul_(p).sum(-1)
-            del logits, log_p
+            # The fused softmax twice as fast as logsumexp; the likeliest token's exp(0) / sum gives the sum back.
+            p = logits.softmax(-1)
+            log_sum = logits.amax(-1) - p.amax(-1).log()
+            logprobs[rows] = logits.gather(1, index)[:, 0] - log_sum
+            with torch.autocast(hidden.device.type, enabled=False):  # which would have 16 bits do for it
+                entropy[rows] = log_sum - torch.linalg.vecdot(p, logits)
+            del logits
             if jacobian is not None:
                 grad = p.neg_()
                 grad.scatter_add_(1, index, torch.ones_like(grad[:, :1]))

@@ -8,14 +8,16 @@ from the reward model (Ouyang et al. 2022), the critic's warm-up alone and the c
 
 from __future__ import annotations
 
+import functools
 import math
 import time
 import warnings
-from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any, Concatenate, ParamSpec, TypeVar
 
 import torch
 
+from finetune.baichuan.cpu_matmul import fast_matmul
 from rlhf.ppo import functional
 from rlhf.ppo.build import ACTOR, CRITIC, REFERENCE
 from rlhf.ppo.engines import TransformersEngine, sampling_of
@@ -34,6 +36,22 @@ if TYPE_CHECKING:
     from rlhf.ppo.engines import Engine
     from rlhf.ppo.models import ScalarHead, SharedBase
     from rlhf.ppo.recipe import PPORecipe
+
+P = ParamSpec("P")
+T = TypeVar("T")
+
+
+def _with_fast_matmul(
+    method: Callable[Concatenate[PPOTrainer, P], T],
+) -> Callable[Concatenate[PPOTrainer, P], T]:
+    """Scoring and learning multiply alike, or the first ratio of a policy to itself would not be 1."""
+
+    @functools.wraps(method)
+    def within(self: PPOTrainer, /, *args: P.args, **kwargs: P.kwargs) -> T:
+        with fast_matmul(self.models.lm.config.hidden_size, self.models.device):
+            return method(self, *args, **kwargs)
+
+    return within
 
 
 class PPOTrainer:
@@ -156,6 +174,7 @@ class PPOTrainer:
             ) from error
 
     @torch.no_grad()
+    @_with_fast_matmul
     def judge(self, prompts: Sequence[Prompt], rollout: Rollout) -> Experience:
         """Scores, log-probabilities and values, each model once over all rows; then rewards and advantages."""
         ppo, mask = self.recipe.ppo, rollout.mask
@@ -210,6 +229,7 @@ class PPOTrainer:
         messages = [*prompt.messages, {"role": "assistant", "content": text}]
         return Answered(messages, [*prompt.ids, *response, self.tokenizer.eos_token_id])
 
+    @_with_fast_matmul
     def learn(self, experience: Experience) -> dict[str, float]:
         """Epochs of minibatches over the experience; the critic alone in its warm-up."""
         ppo = self.recipe.ppo

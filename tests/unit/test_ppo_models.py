@@ -218,6 +218,17 @@ def test_tiled_logprobs_against_log_softmax(small_tiles: list[int], temperature:
     assert small_tiles
 
 
+def test_entropy_is_float32_where_autocast_would_have_less() -> None:
+    hidden, weight, targets = torch.randn(5, 16), torch.randn(4000, 16), torch.arange(5)
+    _, expected = tiled_logprobs(hidden, weight, targets)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        _, entropy = tiled_logprobs(hidden.bfloat16(), weight.bfloat16(), targets)
+        _, exact = tiled_logprobs(hidden.bfloat16().float(), weight.bfloat16().float(), targets)
+    assert entropy.dtype == torch.float32
+    torch.testing.assert_close(entropy, exact, rtol=0, atol=0.02)
+    torch.testing.assert_close(entropy, expected, rtol=0, atol=0.1)
+
+
 def test_tiled_logprobs_without_positions_and_with_a_trainable_head() -> None:
     weight = torch.randn(50, 8)
     empty, _ = tiled_logprobs(torch.zeros(0, 8, requires_grad=True), weight, torch.zeros(0, dtype=torch.long))
@@ -244,3 +255,4 @@ def test_tiled_logprobs_hold_one_tile(monkeypatch: pytest.MonkeyPatch) -> None:
     tile_bytes = 32 * vocab * 4
     assert all(tile_bytes <= size < 4 * tile_bytes for size in largest), largest
     assert tile_rows(125_696, "cuda") * 125_696 * 4 <= 2**28
+    assert [tile_rows(size, "cpu") for size in (125_696, 2**24, 2**18)] == [128, 16, 64]

@@ -11,6 +11,7 @@ import torch
 from accelerate import Accelerator
 from tiny_ppo import write_ppo_recipe
 
+from finetune.baichuan import cpu_matmul
 from finetune.baichuan.load import load_tokenizer, resolve_base
 from finetune.recipe import load_recipe
 from rlhf.ppo.build import ACTOR, CRITIC, build_models
@@ -71,6 +72,27 @@ def weights(trainer: PPOTrainer, name: str) -> dict[str, torch.Tensor]:
 
 def same(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> bool:
     return all(torch.equal(tensor, other[key]) for key, tensor in one.items())
+
+
+def test_scoring_and_learning_multiply_by_the_faster_library(
+    tiny_bases: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Both: of a policy to itself the ratio is exactly 1 only by the same library."""
+    seen: dict[str, list[str]] = {"judge": [], "learn": []}
+    trainer = make_trainer(tiny_bases["rope"], tmp_path)
+    monkeypatch.setattr(cpu_matmul, "onednn_is_better", lambda: True)
+    monkeypatch.setattr(cpu_matmul, "MIN_HIDDEN_SIZE", 1)
+    settings, now = torch.backends.mkldnn.matmul, "judge"
+
+    def look(*_: Any) -> None:
+        seen[now].append(settings.fp32_precision)
+
+    trainer.models.lm.model.register_forward_hook(look)
+    experience = judged(trainer)
+    now = "learn"
+    trainer.learn(experience)
+    assert set(seen["judge"]) == set(seen["learn"]) == {"bf16"}
+    assert settings.fp32_precision == "none"
 
 
 @pytest.mark.parametrize("clip", [None, 1.5])
