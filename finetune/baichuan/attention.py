@@ -145,12 +145,13 @@ def eager_attention(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Attention in plain tensor operations, for ``output_attentions`` and as the reference.
 
-    Scores are float32, since folded ALiBi puts positions into them.
+    Scores are float32, since folded ALiBi puts positions into them; autocast would take 16 bits for them.
 
     Returns:
         output (batch, queries, heads, head_dim) and weights (batch, heads, queries, keys).
     """
-    scores = torch.matmul(query.float(), key.float().transpose(2, 3)) * scaling
+    with torch.autocast(query.device.type, enabled=False):
+        scores = torch.matmul(query.float(), key.float().transpose(2, 3)) * scaling
     if attention_mask is not None:
         scores = scores + attention_mask.float()
     weights = nn.functional.softmax(scores, dim=-1).to(query.dtype)

@@ -13,6 +13,7 @@ With `Checkpointing.offload` the layers' inputs are kept in pinned host memory (
 
 from __future__ import annotations
 
+import functools
 import weakref
 from collections import deque
 from collections.abc import Callable
@@ -106,15 +107,24 @@ def _no_contexts() -> Contexts:
 
 def _policy(keep: str, hidden_size: int) -> Callable[..., CheckpointPolicy]:
     def policy(context: Any, operation: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
-        kept = operation in _ATTENTION or any(name in str(operation) for name in _OTHER_ATTENTION)
-        if keep == "matmul" and not kept:
+        kind = _kind(operation)
+        kept = kind == "attention" or (kind is not None and keep == "matmul")
+        if kept and kind == "product":
             # LoRA's products have its rank for one side; they are cheap, and would be kept a second time.
-            kept = (operation in _MATRIX_PRODUCTS and min(args[-1].shape) >= hidden_size) or str(
-                operation
-            ).startswith(_QUANTISED_PRODUCTS)
+            kept = min(args[-1].shape) >= hidden_size
         return CheckpointPolicy.MUST_SAVE if kept else CheckpointPolicy.PREFER_RECOMPUTE
 
     return policy
+
+
+@functools.cache  # some thousand operations a step are asked about, of some dozen kinds
+def _kind(operation: Any) -> Literal["attention", "product", "quantised product"] | None:
+    name = str(operation)
+    if operation in _ATTENTION or any(part in name for part in _OTHER_ATTENTION):
+        return "attention"
+    if name.startswith(_QUANTISED_PRODUCTS):
+        return "quantised product"
+    return "product" if operation in _MATRIX_PRODUCTS else None
 
 
 def _kept(policy: Callable[..., CheckpointPolicy], given: Callable[[], Contexts]) -> Contexts:

@@ -14,6 +14,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 from finetune.baichuan.attend import attend
 from finetune.baichuan.attention import alibi_slopes, rotate
+from finetune.baichuan.compiling import run_compiled
 from finetune.baichuan.configuration import BaichuanConfig
 
 
@@ -148,12 +149,25 @@ class BaichuanAttention(nn.Module):
 class BaichuanDecoderLayer(GradientCheckpointingLayer):
     """Attention and feed-forward, each behind a norm and around a residual."""
 
+    compiled: Callable | None = None
+    """From `finetune.baichuan.compiling`, where training is to run compiled."""
+
     def __init__(self, config: BaichuanConfig, layer_idx: int) -> None:
         super().__init__()
         self.self_attn = BaichuanAttention(config, layer_idx)
         self.mlp = BaichuanMLP(config)
         self.input_layernorm = BaichuanRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         self.post_attention_layernorm = BaichuanRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {
+            key: value for key, value in self.__dict__.items() if key != "compiled"
+        }  # which cannot be pickled
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        if self.compiled is not None and self.training and torch.is_grad_enabled():
+            return run_compiled(self.compiled, self, *args, **kwargs)
+        return super().__call__(*args, **kwargs)
 
     def forward(self, hidden_states: torch.Tensor, **kwargs: Any) -> torch.Tensor:
         attended, _ = self.self_attn(self.input_layernorm(hidden_states), **kwargs)

@@ -178,3 +178,13 @@ def test_eager_attention_rows_sum_to_one_and_match_the_fused_kernel() -> None:
     torch.testing.assert_close(weights.sum(-1), torch.ones(1, 2, 32))
     fused = torch.nn.functional.scaled_dot_product_attention(query, key, value, is_causal=True)
     torch.testing.assert_close(output.transpose(1, 2), fused, atol=1e-5, rtol=0)
+
+
+def test_eager_scores_are_float32_under_autocast() -> None:
+    """In which training in 16 bits runs."""
+    inputs = attention_inputs(256, heads=2, dtype=torch.bfloat16)
+    given = (torch.nn.Module().eval(), *inputs, causal_mask(256), 1 / math.sqrt(HEAD_DIM))
+    expected, _ = eager_attention(*given)
+    with torch.autocast("cpu", torch.bfloat16):
+        found, _ = eager_attention(*given)
+    assert torch.equal(found, expected)

@@ -13,6 +13,7 @@ from tiny_model import HIDDEN, LAYERS, tiny_model
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint
 
+from finetune.baichuan import attend
 from finetune.baichuan.checkpointing import Checkpointing, HostMemory, _policy
 from finetune.errors import UserError
 
@@ -195,3 +196,31 @@ def test_tensors_leave_the_device_and_come_back_one_ahead(memory: HostMemory) ->
     del taken
     gc.collect()
     assert memory._last() is None  # a step leaves nothing behind
+
+
+@pytest.mark.parametrize("keep", ["inputs", "attention"])
+def test_a_kernel_is_tried_apart_from_the_layer_that_asks(monkeypatch: pytest.MonkeyPatch, keep: Any) -> None:
+    """Within a checkpointed layer whether a kernel works is found out once, in the first of its two passes."""
+
+    def kernel(
+        q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, documents: Any, scaling: float
+    ) -> torch.Tensor:
+        return attend.each_document(q, k, v, documents.lengths, scaling)
+
+    asked: list[bool] = []
+    attention = attend.documents_attention
+
+    def asking(*args: Any) -> torch.Tensor:
+        asked.append(attend.varlen_works(torch.device("cpu"), torch.float32, 16))
+        return attention(*args)
+
+    monkeypatch.setattr(attend, "varlen", kernel)
+    monkeypatch.setattr(attend, "documents_attention", asking)
+    expected, _ = step(lora_model("rope", None))
+    asked.clear()
+    attend.varlen_works.cache_clear()
+    found, _ = step(lora_model("rope", Checkpointing(keep)))
+    assert asked == [True] * 2 * LAYERS
+    assert attend.varlen_works.cache_info().misses == 1
+    for name, gradient in expected.items():
+        assert torch.equal(found[name], gradient), name
