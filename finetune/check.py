@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -11,8 +11,10 @@ from rich.box import SIMPLE_HEAD
 from rich.table import Column, Table
 
 from finetune.errors import UserError
+from finetune.files import check_writable
 from finetune.stage_table import STAGES
 from finetune.train.planning import HEADROOM
+from finetune.user_functions import check_functions
 from finetune.words import plural
 
 if TYPE_CHECKING:
@@ -21,6 +23,7 @@ if TYPE_CHECKING:
     from finetune.data import DataReport, PreparedData
     from finetune.recipe.schema import Recipe, Step
     from finetune.train.devices import Device
+    from finetune.train.planning import Plan
     from finetune.train.runner import Session
 
 STATISTICS = {
@@ -41,19 +44,37 @@ def check_all(recipes: Sequence[Step], *, device: str | None = None) -> None:
     """
     from finetune.recipe.schema import Recipe
 
-    made: list[Path] = []
+    check_functions(recipes)
+    made: dict[Path, Step] = {}
     for step in recipes:
+        check_writable(Path(step.output_dir), called="output_dir")
         awaited = next(_awaited(step, made), None)
         if awaited is not None and isinstance(step, Recipe):
+            step = _with_awaited_adapter(step, made)
             print(
                 f"{step.name}: stage {step.stage}: {awaited} is not there yet, so only the recipe was checked"
             )
+            for line in step.held_to():
+                print(line)
+            if device is not None:
+                STAGES[step.stage].load("plan")(step, device=device)
         else:
             check(step, device=device)
-        made.append(Path(step.output_dir).absolute())
+        made[Path(step.output_dir).absolute()] = step
 
 
-def _awaited(step: Step, made: Sequence[Path]) -> Iterator[str]:
+def _with_awaited_adapter(step: Recipe, made: Mapping[Path, Step]) -> Recipe:
+    """The step with the size of the adapter that an earlier one will leave it to go on from."""
+    given = getattr(step.model, "adapter", None)
+    earlier = made.get(Path(step.resolve(given)).absolute().parent) if given else None
+    size = getattr(earlier, "adapter", None)
+    if size is None:
+        return step
+    values = {key: getattr(size, key) for key in ("rank", "targets", "dora")}
+    return step.model_copy(update={"adapter": step.adapter.model_copy(update=values)})
+
+
+def _awaited(step: Step, made: Collection[Path]) -> Iterator[str]:
     """Paths in a step's settings that earlier steps, given their folders, have still to make."""
 
     def texts(value: Any) -> Iterator[str]:
@@ -142,7 +163,7 @@ def check_training(
             f"{recipe.model.base} is not here: planned by its shapes, {read_rows}, every row taken as full",
             highlight=False,
         )
-        print_plan(console, recipe, config, planned, sequences=kind.sequences)
+        _print_full_rows(console, recipe, kind, config, planned)
         return
     recipe = kind.settle(recipe, base)
     tokenizer = load_tokenizer(base.folder)
@@ -151,12 +172,52 @@ def check_training(
     _print_statistics(console, data.report)
     if planned is None:
         announce_attention(recipe, base, console)
-    chosen = planned or present_device(measure=True)
+    chosen = planned or present_device(measured_for=base.config["hidden_size"])
     print_plan(console, recipe, base.config, chosen, data)
     if holds_run:
         console.print(f"note: {run.path} holds a run already: use --resume or --overwrite", style="yellow")
     if planned is None:
         console.print("the recipe can run", style="green")
+
+
+def plan_by_shapes(recipe: Recipe, session_class: type[Session] | None = None, *, device: str) -> None:
+    """Print what a step takes of a card whose data or adapter are not there yet: every row is taken as full.
+
+    Args:
+        recipe: as for `check_training`; of a base that is neither here nor known nothing is printed.
+        session_class: as for `check_training`.
+        device: as for `check`.
+
+    Raises:
+        UserError: see `print_plan`.
+    """
+    from rich.console import Console
+
+    from finetune.train.devices import parse_device
+    from finetune.train.runner import Session
+
+    if config := shapes_of(recipe):
+        console = Console(soft_wrap=True)
+        _print_full_rows(console, recipe, session_class or Session, config, parse_device(device))
+
+
+def shapes_of(recipe: Recipe) -> dict[str, Any] | None:
+    """The configuration of a recipe's base, read where it is here, else as known; None without either."""
+    from finetune.baichuan.catalog import known_config
+    from finetune.baichuan.load import resolve_base
+
+    settings = recipe.model
+    try:
+        base = resolve_base(settings.base, revision=settings.revision, source=settings.source, download=False)
+    except UserError:
+        return known_config(settings.base)
+    return base.config
+
+
+def _print_full_rows(
+    console: Console, recipe: Recipe, kind: type[Session], config: dict[str, Any], device: Device
+) -> None:
+    print_plan(console, recipe, config, device, sequences=kind.sequences, references=kind.reference_passes)
 
 
 def print_plan(
@@ -167,20 +228,22 @@ def print_plan(
     data: PreparedData | None = None,
     *,
     sequences: int = 1,
+    references: int = 0,
 ) -> None:
     """Say what a run takes of a device, whether it fits, what else would, and how long a step will be.
 
-    Without data every row is taken as full, and `sequences` of them go through the model for each one that
-    train.batch_size counts.
+    Without data every row is taken as full, `sequences` of them go through the model for each one that
+    train.batch_size counts, and `references` times more through a reference.
 
     Raises:
-        UserError: if the frozen weights alone are larger than a card.
+        UserError: if the frozen weights alone are larger than a card, or it lacks the attention that is named.
     """
     from finetune.recipe.train_section import AUTO
     from finetune.train.memory import GIB, count_parameters
     from finetune.train.planning import Plan, with_batch_size
-    from finetune.train.preflight import advice
+    from finetune.train.preflight import advice, describe_card
 
+    describe_card(recipe, device, console)
     trainable, total = count_parameters(recipe, config)
     console.print(
         f"trainable parameters: {trainable:,} of {total:,} ({trainable / total:.2%})", highlight=False
@@ -223,13 +286,29 @@ def print_plan(
             style="yellow",
             highlight=False,
         )
-    rows = "full rows" if longest is None else f"rows of {min(longest, recipe.data.max_length):,} tokens"
+    _print_what_fits(console, plan)
+    full = {"sequences": sequences, "references": references}
+    _print_steps(console, recipe, config, device, data, **full)
+
+
+def _print_what_fits(console: Console, plan: Plan) -> None:
+    """The longest rows and the largest batch that fit, each with the recipe's other one."""
+    recipe = plan.recipe
+    rows = "full rows"
+    if plan.longest is not None:
+        rows = f"rows of {min(plan.longest, recipe.data.max_length):,} tokens"
+    limits = []
+    if length := plan.longest_length():
+        limits.append(f"data.max_length up to {length:,} with train.batch_size {recipe.train.batch_size}")
+    if batch := plan.largest_batch():
+        limits.append(f"train.batch_size up to {batch:,} with {rows}")
+    fitting = ", or ".join(limits)
     console.print(
-        f"what fits it: data.max_length up to {plan.longest_length():,} with train.batch_size "
-        f"{recipe.train.batch_size}, or train.batch_size up to {plan.largest_batch():,} with {rows}",
+        f"what fits it: {fitting}"
+        if limits
+        else "nothing fits it by data.max_length or train.batch_size alone",
         highlight=False,
     )
-    _print_steps(console, recipe, config, device, data)
 
 
 def _print_statistics(console: Console, report: DataReport) -> None:
@@ -251,32 +330,32 @@ def _print_statistics(console: Console, report: DataReport) -> None:
 
 
 def _print_steps(
-    console: Console, recipe: Recipe, config: dict[str, Any], device: Device, data: PreparedData | None
+    console: Console,
+    recipe: Recipe,
+    config: dict[str, Any],
+    device: Device,
+    data: PreparedData | None,
+    **full: int,
 ) -> None:
     """Steps and predicted time; without data every row is full and learned whole."""
-    from finetune.report.formatting import duration
-    from finetune.train.speed import seconds_per_step, step_flops
+    from finetune.report.formatting import duration, step_time
+    from finetune.train.speed import predict_seconds
 
     train = recipe.train
-    batch = train.batch_size * train.gradient_accumulation
     steps = None
-    tokens, document, supervised = float(batch * recipe.data.max_length), float(recipe.data.max_length), 1.0
     if data is not None:
-        report, rows = data.report, len(data.train)
+        batch, rows = train.batch_size * train.gradient_accumulation, len(data.train)
         per_epoch = -(-rows // batch)
         steps = train.max_steps or math.ceil(per_epoch * train.epochs)
-        found = report.train.tokens
-        tokens = found.total / rows * min(batch, rows)  # those of a preference's responses are all in total
-        document, supervised = found.total / max(1, found.count), found.supervised_share
         console.print(
             f"{plural(rows, 'row')}, {batch} to a step: {plural(per_epoch, 'step')} an epoch, {steps:,} in all "
             "(one process)",
             highlight=False,
         )
-    flops = step_flops(recipe, config, tokens=tokens, document=document, supervised=supervised)
-    seconds = seconds_per_step(flops, recipe, device)
+    seconds = predict_seconds(recipe, config, device, data, **full)
     if seconds is not None:
         whole = f", {duration(seconds * steps)} in all" if steps else ""
         console.print(
-            f"estimated time on {device.name}: {seconds:.2g} s a step{whole} (training only)", highlight=False
+            f"estimated time on {device.name}: {step_time(seconds)} a step{whole} (training only)",
+            highlight=False,
         )

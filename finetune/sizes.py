@@ -4,7 +4,14 @@ from __future__ import annotations
 
 import re
 
-UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "G": 2**30}
+UNITS = {
+    "": 1,
+    **{f"{letter}B": 1000**power for power, letter in enumerate("KMGT", 1)},
+    **{f"{letter}IB": 1024**power for power, letter in enumerate("KMGT", 1)},
+    "G": 2**30,
+    "T": 2**40,
+}
+_BYTE_UNITS = ("B", "KiB", "MiB", "GiB", "TiB")
 
 
 def bytes_of(text: str) -> int | None:
@@ -13,3 +20,12 @@ def bytes_of(text: str) -> int | None:
     if not match or match[2] not in UNITS:
         return None
     return int(float(match[1]) * UNITS[match[2]]) or None
+
+
+def byte_size(value: float) -> str:
+    """Bytes in binary units: 1610612736 → 1.50 GiB."""
+    for unit in _BYTE_UNITS:
+        if abs(value) < 1024 or unit == _BYTE_UNITS[-1]:
+            return f"{value:.0f} {unit}" if unit == "B" else f"{value:.2f} {unit}"
+        value /= 1024
+    raise AssertionError("unreachable: the last unit takes everything")

@@ -20,17 +20,20 @@ class Stage:
             imported to read a recipe: it imports pydantic, and nothing heavier.
         check: function `(recipe, *, device: str | None) -> None` that validates and prints everything short of
             training.
+        plan: function `(recipe, *, device: str) -> None` that prints what a step of a pipeline takes of a card
+            while what it trains on is not there; of stages that train.
     """
 
     run: str
     recipe: str = "finetune.recipe.schema:Recipe"
     check: str = "finetune.check:check_training"
+    plan: str = "finetune.check:plan_by_shapes"
 
     def load(self, part: str) -> Any:
         """The function or class that an attribute names.
 
         Args:
-            part: "run", "recipe" or "check".
+            part: "run", "recipe", "check" or "plan".
         """
         module, _, name = getattr(self, part).partition(":")
         return getattr(importlib.import_module(module), name)
@@ -38,7 +41,9 @@ class Stage:
 
 def _rlhf(name: str, recipe: str) -> Stage:
     stage = f"rlhf.{name}.stage"
-    return Stage(f"{stage}:run", recipe=f"rlhf.{name}.recipe:{recipe}", check=f"{stage}:check")
+    return Stage(
+        f"{stage}:run", recipe=f"rlhf.{name}.recipe:{recipe}", check=f"{stage}:check", plan=f"{stage}:plan"
+    )
 
 
 STAGES: dict[str, Stage] = {

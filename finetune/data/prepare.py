@@ -74,6 +74,21 @@ class PreparedData:
         """Rows that go through the model for each one that a batch counts."""
         return 1
 
+    @property
+    def row_tokens(self) -> float:
+        """Mean tokens of what goes through the model for each row that a batch counts."""
+        return self.report.train.tokens.total / max(1, len(self.train))
+
+    @property
+    def supervised_share(self) -> float:
+        """Of the tokens, those whose logits are computed."""
+        return self.report.train.tokens.supervised_share
+
+    @property
+    def reference_passes(self) -> int:
+        """Forward passes of a reference beside that of the model."""
+        return 0
+
 
 def prepare(
     config: DataSettings,

@@ -37,16 +37,23 @@ def read_jsonl(path: Path) -> list[dict[str, Any]]:
     return rows
 
 
-def read_json(path: Path) -> dict[str, Any]:
+def read_json(path: Path, hint: str | None = None) -> dict[str, Any]:
     """The object in a JSON file.
 
+    Args:
+        path: of the file.
+        hint: what to do where it holds none.
+
     Raises:
-        UserError: the file holds no JSON object.
+        UserError: the file holds no JSON object; names the line.
     """
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise UserError(f"{path}: not readable as JSON ({error})") from error
+    except json.JSONDecodeError as error:
+        found = f"{error.msg} (column {error.colno})"
+        raise UserError(f"{path}:{error.lineno}: not readable as JSON: {found}", hint=hint) from error
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path}: not readable as JSON: {error}", hint=hint) from error
     if not isinstance(content, dict):
-        raise UserError(f"{path}: expected a JSON object, found {type(content).__name__}")
+        raise UserError(f"{path}: expected a JSON object, found {type(content).__name__}", hint=hint)
     return content

@@ -8,7 +8,6 @@ from typing import Any, TypeGuard
 
 MINUS = "\N{MINUS SIGN}"
 _CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
-_BYTE_UNITS = ("B", "KiB", "MiB", "GiB", "TiB")
 
 
 def is_number(value: Any) -> TypeGuard[int | float]:
@@ -41,13 +40,9 @@ def compact(value: float) -> str:
     return f"{value:,.0f}"
 
 
-def byte_size(value: float) -> str:
-    """Bytes in binary units: 1610612736 → 1.50 GiB."""
-    for unit in _BYTE_UNITS:
-        if abs(value) < 1024 or unit == _BYTE_UNITS[-1]:
-            return f"{value:.0f} {unit}" if unit == "B" else f"{value:.2f} {unit}"
-        value /= 1024
-    raise AssertionError("unreachable: the last unit takes everything")
+def step_time(seconds: float) -> str:
+    """Of one step: two digits below ten seconds, 0.8123 → 0.81 s; from there on as `duration`."""
+    return f"{seconds:.2g} s" if seconds < 9.95 else duration(seconds)
 
 
 def duration(seconds: float) -> str:

@@ -5,9 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 from statistics import median
 
-from finetune.report.formatting import byte_size, compact, duration, is_number, percent
+from finetune.report.formatting import compact, duration, is_number, percent, step_time
 from finetune.report.run_folder import RunFolder
 from finetune.report.samples import mean_scores
+from finetune.sizes import byte_size
 from finetune.words import plural
 
 
@@ -111,6 +112,10 @@ def _time(run: RunFolder) -> Card | None:
     epochs = max((row["epoch"] for row in run.metrics if is_number(row.get("epoch"))), default=None)
     parts = [plural(int(steps), "step")] if is_number(steps) else []
     parts += [f"{epochs:.3g} epoch{'' if epochs == 1 else 's'}"] if epochs is not None else []
+    each, predicted = (run.result.get(key) for key in ("seconds_per_step", "predicted_seconds_per_step"))
+    if is_number(each):
+        foreseen = f" (predicted {step_time(predicted)})" if is_number(predicted) else ""
+        parts.append(f"{step_time(each)} a step{foreseen}")
     return Card("Training time", duration(seconds), note=" · ".join(parts))
 
 

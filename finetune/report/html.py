@@ -24,8 +24,9 @@ def build_report(run_dir: Path | str) -> Path:
     Needed is `recipe.yaml`; `environment.json`, `metrics.jsonl`, `data_report.json`, `samples.jsonl` and
     `result.json` each add their part where they are there. `result.json` may hold `status` ("finished" or
     "interrupted"), `base`, `adapter` (a path), `trainable_parameters`, `total_parameters`, `train_seconds`,
-    `steps`, `tokens`, `eval_loss_before`, `eval_loss_after`, `best_step`, `predicted_peak_memory_bytes` and
-    `measured_peak_memory_bytes`.
+    `steps`, `tokens`, `eval_loss_before`, `eval_loss_after`, `best_step`, and side by side
+    `measured_peak_memory_bytes` and `predicted_peak_memory_bytes`, `seconds_per_step` and
+    `predicted_seconds_per_step`.
 
     Returns:
         The path of the report; an earlier one is replaced in one step.

@@ -7,9 +7,10 @@ import shlex
 from difflib import SequenceMatcher
 from typing import Any
 
-from finetune.report.formatting import MINUS, byte_size, is_number, percent
+from finetune.report.formatting import MINUS, is_number, percent
 from finetune.report.run_folder import RunFolder
 from finetune.report.samples import Sample, mean_scores
+from finetune.sizes import byte_size
 
 SHORTEST_MATCH = 2
 STAGE_NAMES = {

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import signal
+import statistics
 import sys
 import time
 from collections import deque
@@ -43,6 +44,8 @@ class MetricsCallback(TrainerCallback):
         self.tokens_per_second = 0.0
         self._start = time.monotonic()
         self._last = (self._start, 0.0)
+        self._last_step = resumed_step
+        self._step_seconds: list[float] = []
         self._purged_from = resumed_step + 1 if resumed_step else None
         self._tokens_before, self._seconds_before = self._cut(resumed_step)
 
@@ -71,6 +74,11 @@ class MetricsCallback(TrainerCallback):
         return self._seconds_before + time.monotonic() - self._start
 
     @property
+    def seconds_per_step(self) -> float | None:
+        """Of an optimiser step, the median over the logged ones of this process; None before the first."""
+        return round(statistics.median(self._step_seconds), 4) if self._step_seconds else None
+
+    @property
     def tokens(self) -> float:
         """Tokens trained on, over all processes, interrupted parts included."""
         assert self.trainer is not None
@@ -97,6 +105,9 @@ class MetricsCallback(TrainerCallback):
             record["seconds"] = round(self.seconds, 1)
             record["peak_memory_bytes"] = peak_memory_bytes()
             self._last = (now, tokens)
+            steps, self._last_step = state.global_step - self._last_step, state.global_step
+            if steps:
+                self._step_seconds.append(elapsed / steps)
         elif any(key.startswith("eval_") for key in record):
             # Time spent on evaluation is no time spent on tokens.
             self._last = (self._last[0] + (logs or {}).get("eval_runtime", 0.0), self._last[1])

@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 import re
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from finetune.errors import UserError
 from finetune.sizes import bytes_of
@@ -19,86 +19,112 @@ class Device:
 
     Attributes:
         name: as people call it.
-        memory: bytes.
+        memory: bytes in all, as CUDA reports them.
         flops: dense 16-bit matrix FLOP/s with float32 accumulation (float32 on a CPU); None if not known.
         kind: ``cuda`` or ``cpu``.
+        capability: CUDA's compute capability; None if not known.
     """
 
     name: str
     memory: int
     flops: float | None
     kind: str = "cuda"
+    capability: tuple[int, int] | None = None
 
 
-def _card(name: str, gib: int, teraflops: float) -> Device:
-    return Device(name, gib * GIB, teraflops * 1e12)
+def _card(name: str, gib: float, teraflops: float, capability: tuple[int, int]) -> Device:
+    return Device(name, int(gib * GIB), teraflops * 1e12, capability=capability)
 
 
-CARDS = {
-    card.name.lower().replace(" ", ""): card
-    for card in (
-        _card("RTX 3090", 24, 71),
-        _card("RTX 4090", 24, 165),
-        _card("RTX 5090", 32, 210),
-        _card("RTX A6000", 48, 155),
-        _card("T4", 16, 65),
-        _card("V100", 32, 125),
-        _card("A10", 24, 125),
-        _card("L4", 24, 121),
-        _card("L20", 48, 119),
-        _card("L40S", 48, 362),
-        _card("A100", 80, 312),
-        _card("A100-40", 40, 312),
-        _card("A800", 80, 312),
-        _card("H20", 96, 148),
-        _card("H100", 80, 989),
-        _card("H800", 80, 989),
-        _card("H200", 141, 989),
-    )
-}
-"""Cards by name, from their makers' data sheets: memory in GiB, dense tensor TFLOP/s in 16 bits."""
+CARDS = (
+    (_card("RTX 3090", 23.6, 71, (8, 6)), 24),
+    (_card("RTX 4090", 23.6, 165, (8, 9)), 24),
+    (_card("RTX 5090", 31.4, 210, (12, 0)), 32),
+    (_card("RTX A6000", 47.4, 155, (8, 6)), 48),
+    (_card("T4", 14.6, 65, (7, 5)), 16),
+    (_card("V100", 31.7, 125, (7, 0)), 32),
+    (_card("V100-16", 15.8, 125, (7, 0)), 16),
+    (_card("A10", 22.0, 125, (8, 6)), 24),
+    (_card("L4", 22.0, 121, (8, 9)), 24),
+    (_card("L20", 44.4, 119, (8, 9)), 48),
+    (_card("L40S", 44.4, 362, (8, 9)), 48),
+    (_card("A100", 79.2, 312, (8, 0)), 80),
+    (_card("A100-40", 39.4, 312, (8, 0)), 40),
+    (_card("A800", 79.2, 312, (8, 0)), 80),
+    (_card("H20", 95.0, 148, (9, 0)), 96),
+    (_card("H100", 79.1, 989, (9, 0)), 80),
+    (_card("H800", 79.1, 989, (9, 0)), 80),
+    (_card("H200", 139.8, 989, (9, 0)), 141),
+)
+"""Cards, and the GB that they are sold by. Memory is in GiB, as CUDA reports it, ECC and driver off; dense tensor
+TFLOP/s in 16 bits are from their makers' data sheets; then CUDA's compute capability."""
+
+DECORATION = r"nvidia|tesla|geforce|rtx|sxm\d?|pcie|hbm\d?e?|[\s_-]"
+"""What nvidia-smi and people write around a card's number, and what does not tell two of the table apart."""
+
+THIS_MACHINE = ("cpu", "gpu", "cuda")
+
+
+def _names() -> dict[str, Device]:
+    """Cards by what is left of their names without `DECORATION`: ``a100``, ``a10040``, ``a10040gb``."""
+    names: dict[str, Device] = {}
+    for card, sold_as in CARDS:
+        bare = re.sub(DECORATION, "", card.name.lower())
+        model = bare.removesuffix(str(sold_as))
+        names |= dict.fromkeys((bare, f"{model}{sold_as}", f"{model}{sold_as}gb"), card)
+    return names
 
 
 def parse_device(text: str) -> Device:
-    """A card by its name (``RTX 4090``), or any card by its memory (``24GiB``).
+    """A card by its name (``RTX 4090``, or as nvidia-smi prints it), or any card by its memory (``24GiB``).
 
     Raises:
         UserError: if it is neither.
     """
-    compact = text.lower().replace(" ", "").replace("nvidia", "").replace("geforce", "")
-    if compact in CARDS:
-        return CARDS[compact]
-    if compact and compact[-1].isalpha() and (size := bytes_of(compact)):
+    lower = text.lower().replace(" ", "")
+    names, bare = _names(), re.sub(DECORATION, "", text.lower()).replace("gib", "gb")
+    if bare in names:
+        return names[bare]
+    if lower and lower[-1].isalpha() and (size := bytes_of(lower)):
         return Device(text.strip(), size, None)
-    names = [card.name for card in CARDS.values()]
-    near = difflib.get_close_matches(compact, CARDS, n=1)
-    guess = f"did you mean {CARDS[near[0]].name}? " if near else ""
-    if re.fullmatch(r"[1-9]\d*(\.\d+)?", compact):
-        guess = f"did you mean {compact}GiB? "
+    if lower in THIS_MACHINE:
+        raise UserError(
+            f"--device: found {text!r}, which names no card: it plans for one that is not here",
+            hint="leave --device out to plan for this machine",
+        )
+    near = difflib.get_close_matches(bare, names, n=1)
+    guess = f"did you mean {names[near[0]].name}? " if near else ""
+    if re.fullmatch(r"[1-9]\d{0,2}(\.\d+)?", lower):
+        guess = f"did you mean {lower}GiB? "
     raise UserError(
         f"--device: found {text!r}, expected a size such as 24GiB or the name of a card",
-        hint=f"{guess}known are {', '.join(names)}",
+        hint=f"{guess}known are {', '.join(card.name for card, _ in CARDS)}",
     )
 
 
-def present_device(*, measure: bool = False) -> Device:
+def present_device(*, measured_for: int | None = None) -> Device:
     """The device that a run here would use.
 
     Args:
-        measure: time a matrix product, a second's work on a CPU, to know its FLOP/s.
+        measured_for: hidden size of a model, to know the FLOP/s of its products: one is timed, a second's work on a
+            CPU. None leaves them unknown.
     """
     import torch
 
+    from finetune.baichuan.cpu_matmul import fast_matmul
+
     if torch.cuda.is_available():
         properties = torch.cuda.get_device_properties(0)
-        device = Device(properties.name, properties.total_memory, None)
+        capability = (properties.major, properties.minor)
+        device = Device(properties.name, properties.total_memory, None, capability=capability)
     else:
         import psutil
 
         device = Device("this machine's CPU", psutil.virtual_memory().total, None, "cpu")
-    return (
-        Device(device.name, device.memory, _measured_flops(device.kind), device.kind) if measure else device
-    )
+    if measured_for is None:
+        return device
+    with fast_matmul(measured_for, torch.device(device.kind)):
+        return replace(device, flops=_measured_flops(device.kind))
 
 
 def _measured_flops(kind: str) -> float:

@@ -22,8 +22,8 @@ NF4_BYTES = 0.5 + (1 + 4 / 256) / 64
 OPTIMIZER_BYTES = {"adamw": 8, "adamw_8bit": 2, "paged_adamw": 0, "paged_adamw_8bit": 0}
 """State of a trainable parameter on the device; paged state moves to host memory under pressure."""
 
-CONTEXT_BYTES = {"cuda": int(0.6 * GIB), "cpu": int(0.8 * GIB)}
-"""Before any tensor: CUDA context and libraries, or Python with torch and friends."""
+CONTEXT_BYTES = {"cuda": int(0.6 * GIB), "cpu": int(0.85 * GIB)}
+"""Before any tensor: CUDA context and libraries, or Python with torch, friends and kernels compiled for the shape."""
 
 
 @dataclass(frozen=True)
@@ -85,13 +85,16 @@ def predict_memory(
     from finetune.baichuan.loss import tile_rows
 
     tile = min(tokens, tile_rows(vocab, device_type))
-    logits = tile * vocab * (width + 2 * 4)
+    # In float32 and, on a GPU, their softmax beside them and a copy of either in 16 bits.
+    logits = tile * vocab * (4 if device_type == "cpu" else width + 2 * 4)
     embeddings = 2 * vocab * hidden * width
     if settings.embeddings == "int8":
         embeddings = 2 * vocab * (hidden + 4)
         logits += 2 * STEP * hidden * width
     dequantised = 0 if settings.quantization == "none" else 2 * hidden * max(wide, 3 * hidden) * width
-    kept, again = activation_bytes(recipe, config, tokens=tokens, width=width, device_type=device_type)
+    kept, again = activation_bytes(
+        recipe, config, tokens=tokens, length=length, width=width, device_type=device_type
+    )
     parts = {
         "weights": int(body * per_weight + embeddings),
         "adapter": trainable * 4,
@@ -116,56 +119,86 @@ def suggestions(
 ) -> list[str]:
     """Overrides that would make a run fit ``budget`` bytes of GPU memory, cheapest first; else as `predict_memory`.
 
-    If no single change is enough it is their combination, and nothing if that is not either.
+    If no single change is enough it is their combination, with a lower rank where it takes that, and nothing if
+    that is not enough either.
     """
-    changes: list[tuple[str, dict[str, Any]]] = []
-    if recipe.train.batch_size > 1:
-        factor = recipe.train.gradient_accumulation * recipe.train.batch_size
-        changes.append(
-            (
-                f"train.batch_size=1 train.gradient_accumulation={factor}",
-                {"train": {"batch_size": 1, "gradient_accumulation": factor}},
-            )
-        )
-    if recipe.train.gradient_checkpointing is not True:
-        changes.append(("train.gradient_checkpointing=true", {"train": {"gradient_checkpointing": True}}))
-    elif not recipe.train.activation_offloading:
-        changes.append(("train.activation_offloading=true", {"train": {"activation_offloading": True}}))
-    if recipe.model.embeddings == "full":
-        changes.append(("model.embeddings=int8", {"model": {"embeddings": "int8"}}))
-    if recipe.data.max_length > 512:
-        shorter = recipe.data.max_length // 2
-        changes.append((f"data.max_length={shorter}", {"data": {"max_length": shorter}}))
-    if recipe.model.quantization != "nf4":
-        changes.append(("model.quantization=nf4", {"model": {"quantization": "nf4"}}))
 
-    def changed(updates: list[dict[str, Any]]) -> Recipe:
-        made = recipe
-        for update in updates:
-            for section, values in update.items():
-                part = getattr(made, section).model_copy(update=values)
-                made = made.model_copy(update={section: part})
-        return made
-
-    def total(updates: list[dict[str, Any]]) -> int:
-        made = changed(updates)
+    def total(made: Recipe) -> int:
+        parameters = trainable
+        if made.adapter.rank != recipe.adapter.rank:
+            parameters, _ = count_parameters(made, config)
         prediction = predict_memory(
-            made, config, trainable, device_type="cuda", longest=longest, sequences=sequences
+            made, config, parameters, device_type="cuda", longest=longest, sequences=sequences
         )
         return prediction.total
 
-    changes = [(text, update) for text, update in changes if not changed([update]).problems()]
+    def promise(text: str, made: Recipe) -> list[str]:
+        size = total(made)
+        return [f"{text} (predicted {size / GIB:.1f} GiB)"] if size <= budget else []
 
+    def with_rank(start: Recipe, text: str = "") -> list[str]:
+        """The highest of half the rank, a quarter and so on that is enough."""
+        given = getattr(recipe.model, "adapter", None)  # one that is gone on from has its rank
+        rank = recipe.adapter.rank // 2 if recipe.adapter.method == "lora" and given is None else 0
+        while rank >= LEAST_RANK:
+            if found := promise(f"{text}adapter.rank={rank}", changed(start, {"adapter": {"rank": rank}})):
+                return found
+            rank //= 2
+        return []
+
+    changes = _changes(recipe)
     found = []
     for text, update in changes:
-        size = total([update])
-        if size <= budget:
-            found.append(f"{text} (predicted {size / GIB:.1f} GiB)")
-    if not found and changes:
-        size = total([update for _, update in changes])
-    if not found and changes and size <= budget:
-        found.append(f"{' '.join(text for text, _ in changes)} (predicted {size / GIB:.1f} GiB)")
-    return found
+        made = changed(recipe, update)
+        if not made.problems():
+            found += promise(text, made)
+    found += with_rank(recipe)
+    if found:
+        return found
+    together, texts = recipe, []
+    for text, update in changes:
+        if not (made := changed(together, update)).problems():
+            together = made
+            texts.append(text)
+    if not texts:
+        return []
+    return promise(" ".join(texts), together) or with_rank(together, " ".join(texts) + " ")
+
+
+LEAST_RANK = 8
+"""Lower ranks are not suggested: what they save is little by then, and they learn less."""
+
+
+def changed(recipe: Recipe, update: dict[str, dict[str, Any]]) -> Recipe:
+    """The recipe with other values in its sections: section → key → value."""
+    sections = {
+        section: getattr(recipe, section).model_copy(update=values) for section, values in update.items()
+    }
+    return recipe.model_copy(update=sections)
+
+
+def _changes(recipe: Recipe) -> list[tuple[str, dict[str, dict[str, Any]]]]:
+    """What could save memory, as overrides and as values, cheapest first; nf4 before int8 embeddings."""
+    model, train, length = recipe.model, recipe.train, recipe.data.max_length
+    changes: list[tuple[str, dict[str, dict[str, Any]]]] = []
+    if train.batch_size > 1:
+        rows = train.gradient_accumulation * train.batch_size
+        text = f"train.batch_size=1 train.gradient_accumulation={rows}"
+        changes.append((text, {"train": {"batch_size": 1, "gradient_accumulation": rows}}))
+    if train.gradient_checkpointing is not True:
+        changes.append(("train.gradient_checkpointing=true", {"train": {"gradient_checkpointing": True}}))
+    elif not train.activation_offloading:
+        changes.append(("train.activation_offloading=true", {"train": {"activation_offloading": True}}))
+    embeddings = ("model.embeddings=int8", {"model": {"embeddings": "int8"}})
+    if model.embeddings == "full" and model.quantization != "none":
+        changes.append(embeddings)
+    if length > 512:
+        changes.append((f"data.max_length={length // 2}", {"data": {"max_length": length // 2}}))
+    if model.quantization != "nf4":
+        changes.append(("model.quantization=nf4", {"model": {"quantization": "nf4"}}))
+    if model.embeddings == "full" and model.quantization == "none":
+        changes.append(embeddings)
+    return changes
 
 
 def count_parameters(recipe: Recipe, config: dict[str, Any]) -> tuple[int, int]:

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from finetune.baichuan.load import Base
     from finetune.data import PreparedData
     from finetune.recipe.schema import Recipe
+    from finetune.train.devices import Device
     from finetune.train.memory import MemoryPrediction
 
 
@@ -61,6 +62,40 @@ def check_machine(recipe: Recipe, run: RunFolder) -> None:
     device = pick_device()
     check_attention(recipe.model.attention, device, compute_dtype(recipe.model.dtype, device))
     training_arguments(recipe, run, evaluates=False)
+
+
+AMPERE, HOPPER = (8, 0), (9, 0)
+"""Compute capabilities: the first with bfloat16 and FlashAttention 2, and that of FlashAttention 3."""
+
+
+def describe_card(recipe: Recipe, device: Device, console: Console) -> None:
+    """Say what a card cannot compute of what a recipe wants.
+
+    Raises:
+        UserError: if it has not the attention that the recipe names.
+    """
+    if device.capability is None:
+        return
+    wanted, has = recipe.model.attention, "{}.{}".format(*device.capability)
+    if wanted.startswith("flash_attention") and device.capability < AMPERE:
+        raise UserError(
+            f"model.attention: {wanted} needs a GPU of compute capability 8.0 (Ampere) or newer, "
+            f"{device.name} has {has}",
+            hint="use model.attention=auto",
+        )
+    notes = []
+    if recipe.model.dtype == "bfloat16" and device.capability < AMPERE:
+        settings = recipe.model.model_copy(update={"dtype": "float16"})
+        possible = not recipe.model_copy(update={"model": settings}).problems()
+        remedy = "set model.dtype=float16" if possible else f"stage {recipe.stage} wants a newer card"
+        notes.append(f"{device.name} has no bfloat16: {remedy}")
+    if wanted == "flash_attention_3" and device.capability < HOPPER:
+        notes.append(
+            f"flash_attention_3 is written for compute capability 9.0 (Hopper), {device.name} has {has}: "
+            "use model.attention=auto"
+        )
+    for note in notes:
+        console.print(note, style="yellow", highlight=False, markup=False)
 
 
 def announce_attention(recipe: Recipe, base: Base, console: Console) -> dict[str, str]:

@@ -154,6 +154,8 @@ class Session:
 
     sequences: ClassVar[int] = 1
     """Rows that go through the model for each one that train.batch_size counts, before the data is known."""
+    reference_passes: ClassVar[int] = 0
+    """Forward passes of a reference beside a step."""
 
     @classmethod
     def settle(cls, recipe: Recipe, base: Base) -> Recipe:
@@ -177,8 +179,12 @@ class Session:
             ProgressCallback,
         )
         from finetune.train.peak import peak_memory_bytes
+        from finetune.train.speed import seconds_on_this_machine
         from finetune.train.trainer import NotFinite
 
+        predicted_seconds = None
+        if os.environ.get("RANK", "0") == "0":  # one process has the machine to itself, and memory still
+            predicted_seconds = seconds_on_this_machine(self.recipe, self.base.config, self.data)
         interrupt = InterruptCallback()
         metrics = MetricsCallback(self.run, resumed_step=step_of(checkpoint) if checkpoint else 0)
         progress, finite = ProgressCallback(metrics), FiniteCallback()
@@ -221,6 +227,8 @@ class Session:
             "trainable_parameters": self.parameters[0],
             "total_parameters": self.parameters[1],
             "train_seconds": round(metrics.seconds, 1),
+            "seconds_per_step": metrics.seconds_per_step,
+            "predicted_seconds_per_step": predicted_seconds,
             "tokens": int(metrics.tokens),
             "predicted_peak_memory_bytes": self.prediction.total,
             "measured_peak_memory_bytes": peak_memory_bytes(),

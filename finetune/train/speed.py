@@ -5,10 +5,11 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from finetune.data import PreparedData
     from finetune.recipe.schema import Recipe
     from finetune.train.devices import Device
 
-SHARE_OF_PEAK = {"cuda": 0.5, "cpu": 0.55}
+SHARE_OF_PEAK = {"cuda": 0.5, "cpu": 0.7}
 """Of the matrix products' peak, what a whole step reaches. CPU: benchmarks/train_step.py; CUDA: the target there."""
 
 QUANTIZED_SPEED = {"none": 1.0, "int8": 0.6, "nf4": 0.75}
@@ -22,13 +23,15 @@ def step_flops(
     tokens: float,
     document: float,
     supervised: float,
+    references: int = 0,
     recomputed: bool = True,
 ) -> float:
     """Floating-point operations of an optimiser step of one process.
 
     A frozen weight costs 4 a token (forward, and the gradient of its input), and 2 more where its product is
     computed again; a LoRA weight 6 and 2; the head, of which only supervised positions are computed, 4; causal
-    attention 6 x layers x hidden a token and key seen, which is half of the document, and 2 more.
+    attention 6 x layers x hidden a token and key seen, which is half of the document, and 2 more. A reference has
+    the forward pass alone, a third of attention's and half of the rest.
 
     Args:
         recipe: the run.
@@ -36,6 +39,7 @@ def step_flops(
         tokens: tokens of a step.
         document: mean tokens of a document.
         supervised: share of the tokens with a label.
+        references: forward passes of a reference beside the step.
         recomputed: count what is computed again; without, it is what the step needs, however it is done.
     """
     hidden, wide, layers = config["hidden_size"], config["intermediate_size"], config["num_hidden_layers"]
@@ -52,7 +56,51 @@ def step_flops(
         adapter = layers * recipe.adapter.rank * (4 * hidden + 2 * hidden + 3 * (hidden + wide))
     attention = (6 + again[2]) * layers * hidden * document
     head = 4 * config["vocab_size"] * hidden * supervised
-    return tokens * ((4 + again[0]) * body + (6 + again[1]) * adapter + attention + head)
+    reference = references * (2 * body + 2 * layers * hidden * document + head / 2)
+    return tokens * ((4 + again[0]) * body + (6 + again[1]) * adapter + attention + head + reference)
+
+
+def predict_seconds(
+    recipe: Recipe,
+    config: dict[str, Any],
+    device: Device,
+    data: PreparedData | None = None,
+    *,
+    sequences: int = 1,
+    references: int = 0,
+) -> float | None:
+    """Predicted seconds of an optimiser step.
+
+    Args:
+        recipe: the run.
+        config: the base's configuration as a dictionary.
+        device: what it runs on.
+        data: what is learned from; without it every row is full and learned whole.
+        sequences: without data, rows that go through the model for each one that the batch size counts.
+        references: without data, forward passes of a reference beside the step.
+
+    Returns:
+        None where the device's speed is not known.
+    """
+    length = float(recipe.data.max_length)
+    batch = recipe.train.batch_size * recipe.train.gradient_accumulation
+    tokens, document, supervised = batch * sequences * length, length, 1.0
+    if data is not None:
+        found = data.report.train.tokens
+        tokens, references = data.row_tokens * min(batch, len(data.train)), data.reference_passes
+        document, supervised = found.total / max(1, found.count), data.supervised_share
+    flops = step_flops(
+        recipe, config, tokens=tokens, document=document, supervised=supervised, references=references
+    )
+    return seconds_per_step(flops, recipe, device)
+
+
+def seconds_on_this_machine(recipe: Recipe, config: dict[str, Any], data: PreparedData) -> float | None:
+    """`predict_seconds` of the device here, whose speed is measured first."""
+    from finetune.train.devices import present_device
+
+    device = present_device(measured_for=config["hidden_size"])
+    return predict_seconds(recipe, config, device, data)
 
 
 def seconds_per_step(flops: float, recipe: Recipe, device: Device) -> float | None:

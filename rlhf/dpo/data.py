@@ -46,6 +46,23 @@ class PreparedPairs:
         """Rows that go through the model for each pair."""
         return 2
 
+    @property
+    def row_tokens(self) -> float:
+        """Mean tokens of both responses of a pair, the prompt before each."""
+        counted = {"prompt_ids": 2, "chosen_ids": 1, "rejected_ids": 1}
+        total = sum(times * sum(map(len, self.train[name])) for name, times in counted.items())
+        return total / max(1, len(self.train))
+
+    @property
+    def supervised_share(self) -> float:
+        """Of the tokens, those whose logits are computed."""
+        return self.report.train.tokens.supervised_share
+
+    @property
+    def reference_passes(self) -> int:
+        """Forward passes of the reference beside that of the model."""
+        return 1
+
 
 def prepare_pairs(preferences: PreparedPreferences, *, pairs_per_prompt: int | None) -> PreparedPairs:
     """Pairs of every prompt, of ranked responses at most so many, widest gaps first."""

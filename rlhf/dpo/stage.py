@@ -6,7 +6,7 @@ from pathlib import Path
 from statistics import fmean
 from typing import TYPE_CHECKING, Any, cast
 
-from finetune.check import check_training
+from finetune.check import check_training, plan_by_shapes
 from finetune.files import write_json
 from finetune.report.sections import write_sections
 from finetune.train.runner import run_stage
@@ -50,10 +50,16 @@ def check(recipe: Recipe, *, device: str | None = None) -> None:
     check_training(recipe, DPOSession, device=device)
 
 
+def plan(recipe: Recipe, *, device: str) -> None:
+    """Memory and time by shapes; see `finetune.check.plan_by_shapes`."""
+    plan_by_shapes(recipe, DPOSession, device=device)
+
+
 class DPOSession(RlhfSession):
     """Trains an adapter; measures implicit rewards and what became of the chosen responses' probability."""
 
     sequences = 2
+    reference_passes = 1
     metrics: RewardMetrics
     logprobs: dict[str, float]
 

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from rich.console import Console
 
     from finetune.baichuan.load import Base
+    from finetune.train.devices import Device
     from rlhf.ppo.prompts import Prompts
     from rlhf.ppo.recipe import PPORecipe
 
@@ -79,25 +80,40 @@ def check(recipe: PPORecipe, *, device: str | None = None) -> None:
 
     Args:
         recipe: the run.
-        device: a card's name or a size such as 24GiB to plan for; None is this machine's.
+        device: a card's name or a size such as 24GiB to plan for; None is this machine's. With one, a 7B or 13B base
+            need not be here: its shapes are known, and prompts are taken as long as may be.
 
     Raises:
         UserError: what would stop the run.
     """
     from rich.console import Console
 
+    from finetune.baichuan.catalog import known_config
+    from finetune.baichuan.load import resolve_base
     from finetune.quiet import quiet_libraries
     from finetune.train.devices import parse_device, present_device
-    from finetune.train.memory import count_parameters
-    from finetune.train.planning import HEADROOM
     from finetune.train.preflight import announce_attention
 
     planned = present_device() if device is None else parse_device(device)
     quiet_libraries()
-    accelerator = _accelerator(recipe)
     console = Console(soft_wrap=True)
     RunFolder(recipe.output_dir).examine(recipe, resume=False, overwrite=True)
-    recipe, base, _, prompts = _prepare(recipe, accelerator)
+    if device is not None:
+        settings = recipe.model
+        try:
+            resolve_base(settings.base, revision=settings.revision, source=settings.source, download=False)
+        except UserError:
+            config = known_config(settings.base)
+            if config is None:
+                raise
+            console.print(
+                f"{settings.base} is not here: planned by its shapes, prompts and rewards not read, every prompt "
+                "taken as long as may be",
+                highlight=False,
+            )
+            _print_plan(recipe, config, planned, _longest_prompt(recipe), console)
+            return
+    recipe, base, _, prompts = _prepare(recipe, _accelerator(recipe), here=device is None)
     _describe(recipe, prompts, console)
     if device is None:
         announce_attention(recipe, base, console)
@@ -109,18 +125,54 @@ def check(recipe: PPORecipe, *, device: str | None = None) -> None:
     )
     for part in recipe.reward_parts():
         console.print(f"reward: {part.name}: {part.path} (weight {part.weight:g})", highlight=False)
-    trainable, total = count_parameters(recipe, base.config)
+    for line in recipe.held_to():
+        console.print(line, highlight=False, markup=False)
+    _print_plan(recipe, base.config, planned, lengths[-1], console)
+
+
+def plan(recipe: PPORecipe, *, device: str) -> None:
+    """Print what the run takes of a card while its adapters are not there: prompts are as long as may be.
+
+    Args:
+        recipe: of a base that is neither here nor known nothing is printed.
+        device: a card's name or a size such as 24GiB.
+    """
+    from rich.console import Console
+
+    from finetune.check import shapes_of
+    from finetune.train.devices import parse_device
+
+    if config := shapes_of(recipe):
+        console = Console(soft_wrap=True)
+        _print_plan(recipe, config, parse_device(device), _longest_prompt(recipe), console)
+
+
+def _longest_prompt(recipe: PPORecipe) -> int:
+    """Tokens of the longest prompt that the recipe allows."""
+    return recipe.data.max_length - recipe.ppo.max_new_tokens
+
+
+def _print_plan(
+    recipe: PPORecipe, config: dict[str, Any], device: Device, longest: int, console: Console
+) -> None:
+    """Parameters, memory, whether that fits a device, and the iterations; `longest` is tokens of a prompt."""
+    from finetune.train.memory import count_parameters
+    from finetune.train.planning import HEADROOM
+    from finetune.train.preflight import describe_card
+
+    describe_card(recipe, device, console)
+    trainable, total = count_parameters(recipe, config)
     console.print(
         f"trainable parameters: {2 * trainable:,} (actor and critic) beside {total - trainable:,} frozen ones",
         highlight=False,
     )
-    parts = predict_memory(recipe, base.config, trainable, longest=lengths[-1], device_type=planned.kind)
+    parts = predict_memory(recipe, config, trainable, longest=longest, device_type=device.kind)
     listed = ", ".join(f"{phase} {size / 2**30:.2f}" for phase, size in parts.items())
     console.print(f"predicted peak memory: {max(parts.values()) / 2**30:.2f} GiB ({listed})", highlight=False)
     free = 1 - recipe.ppo.vllm_memory if recipe.ppo.rollout_engine == "vllm" else 1.0
-    fits = max(parts.values()) <= HEADROOM * free * planned.memory
+    fits = max(parts.values()) <= HEADROOM * free * device.memory
     console.print(
-        f"{'fits' if fits else 'does not fit'} {planned.name} ({free * planned.memory / 2**30:.1f} GiB"
+        f"{'fits' if fits else 'does not fit'} {device.name} ({free * device.memory / 2**30:.1f} GiB"
         f"{', the rest is vLLM' if free < 1 else ''})" + ("" if fits else ": " + MEMORY_HINT),
         style="green" if fits else "yellow",
         highlight=False,
@@ -146,7 +198,7 @@ def predict_memory(
     """
     from finetune.train.memory import DTYPE_BYTES
     from finetune.train.memory import predict_memory as of_training
-    from rlhf.ppo.rewards import is_function
+    from finetune.user_functions import is_function
 
     length = longest + recipe.ppo.max_new_tokens
     update = of_training(recipe, config, 2 * trainable, device_type=device_type, longest=length).parts
@@ -176,8 +228,13 @@ def _console(main: bool) -> Console:
     return Console(stderr=True, quiet=not main, soft_wrap=True)
 
 
-def _prepare(recipe: PPORecipe, accelerator: Accelerator) -> tuple[PPORecipe, Base, Any, Prompts]:
-    """Everything that can be refused before weights are loaded and before anything is written."""
+def _prepare(
+    recipe: PPORecipe, accelerator: Accelerator, *, here: bool = True
+) -> tuple[PPORecipe, Base, Any, Prompts]:
+    """Everything that can be refused before weights are loaded and before anything is written.
+
+    Unless it is to run `here`, this machine's GPU is not asked for what the recipe wants.
+    """
 
     from finetune.baichuan.attention_choice import check_attention
     from finetune.baichuan.load import (
@@ -204,9 +261,10 @@ def _prepare(recipe: PPORecipe, accelerator: Accelerator) -> tuple[PPORecipe, Ba
             f"ppo.batch_size: {plural(recipe.ppo.batch_size, 'response')} for {processes} processes",
             hint=f"set it to {processes} or more",
         )
-    check_gpu_settings(recipe.train)
-    device = pick_device()
-    check_attention(recipe.model.attention, device, compute_dtype(recipe.model.dtype, device))
+    if here:
+        check_gpu_settings(recipe.train)
+        device = pick_device()
+        check_attention(recipe.model.attention, device, compute_dtype(recipe.model.dtype, device))
     with accelerator.main_process_first():
         base = resolve_base(recipe.model.base, revision=recipe.model.revision, source=recipe.model.source)
         recipe = with_quantization_of(base, _with_start_adapter(recipe, base))  # type: ignore[assignment]

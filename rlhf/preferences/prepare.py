@@ -93,6 +93,21 @@ class PreparedPreferences:
         return self.train.most_responses
 
     @property
+    def row_tokens(self) -> float:
+        """Mean tokens of all responses to a prompt, the prompt before each."""
+        return self.report.train.tokens.total / max(1, len(self.train))
+
+    @property
+    def supervised_share(self) -> float:
+        """Of the tokens, those whose logits are computed: a reward model has no language head."""
+        return 0.0
+
+    @property
+    def reference_passes(self) -> int:
+        """Forward passes of a reference beside that of the model."""
+        return 0
+
+    @property
     def held_out(self) -> list[Record]:
         """The held-out prompts, each with its best response."""
         preferences = self.validation.preferences if self.validation else []

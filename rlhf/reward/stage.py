@@ -7,7 +7,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
-from finetune.check import check_training
+from finetune.check import check_training, plan_by_shapes
 from finetune.files import write_json
 from finetune.report.sections import write_sections
 from finetune.train.runner import run_stage
@@ -38,6 +38,11 @@ def run(recipe: Recipe, *, resume: bool = False, overwrite: bool = False) -> Pat
 def check(recipe: Recipe, *, device: str | None = None) -> None:
     """Everything short of training; see `finetune.check.check_training`."""
     check_training(recipe, RewardSession, device=device)
+
+
+def plan(recipe: Recipe, *, device: str) -> None:
+    """Memory and time by shapes; see `finetune.check.plan_by_shapes`."""
+    plan_by_shapes(recipe, RewardSession, device=device)
 
 
 class RewardSession(RlhfSession):

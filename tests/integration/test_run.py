@@ -48,6 +48,8 @@ def test_run_folder_is_complete(tiny_bases: dict[str, Path], tmp_path: Path) -> 
     assert (result["status"], result["steps"], result["base"]) == ("finished", 4, str(tiny_bases["rope"]))
     assert result["eval_loss_after"] < result["eval_loss_before"]
     assert result["tokens"] > 0
+    assert 0 < result["seconds_per_step"] < result["train_seconds"]
+    assert result["predicted_seconds_per_step"] > 0
     environment = json.loads((run / "environment.json").read_text(encoding="utf-8"))
     assert {"torch", "transformers", "peft", "trl"} <= environment["versions"].keys()
     assert environment["attention"].keys() == {"implementation", "reason"}

@@ -15,7 +15,7 @@ from finetune.adapters.build import adapter_config, attach_adapter, load_adapter
 from finetune.baichuan.load import Base, load_tokenizer
 from finetune.recipe.schema import Adapter
 from finetune.train.run_folder import RunFolder
-from rlhf.dpo.data import choose_pairs, pairs_of
+from rlhf.dpo.data import PreparedPairs, choose_pairs, pairs_of
 from rlhf.dpo.recipe import DPORecipe
 from rlhf.dpo.stage import implicit_rewards, mean_logprobs
 from rlhf.dpo.trainer import DPOAdapterTrainer, ResponseLogprobs, dpo_arguments
@@ -26,6 +26,7 @@ BASE = Base("tiny", Path(), "tiny")
 ASK = [{"role": "user", "content": "问"}]
 PROMPT = [195, 300, 301, 196]
 RESPONSES = [[400, 401, 402, 2], [500, 2], [600, 601, 2]]
+PAIRS = [(0, 1), (0, 2), (1, 2)]
 
 
 def preferences() -> PreferenceSet:
@@ -87,6 +88,13 @@ def test_pairs_of_ranked_responses() -> None:
     assert choose_pairs(preference, 1) == [(0, 2)]
     row = pairs_of(preferences(), 1)[0]
     assert row == {"prompt_ids": PROMPT, "chosen_ids": RESPONSES[0], "rejected_ids": RESPONSES[2]}
+
+
+def test_tokens_of_a_pair_are_those_of_both_rows() -> None:
+    """Pairs of ranked responses have some of these more than once, and the prompt in each row."""
+    prepared = PreparedPairs(pairs_of(preferences(), None), None, None)  # type: ignore[arg-type]
+    rows = [len(PROMPT + RESPONSES[better]) + len(PROMPT + RESPONSES[worse]) for better, worse in PAIRS]
+    assert prepared.row_tokens == sum(rows) / 3
 
 
 def test_logprobs_go_through_the_normalised_head(tiny_bases: dict[str, Path], tmp_path: Path) -> None:

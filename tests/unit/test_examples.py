@@ -43,3 +43,27 @@ def test_memory_that_recipes_name_is_the_predicted_one(predicted: dict[str, str]
             named[file.stem] = found.group(1)
     assert len(named) >= 7
     assert named == {name: predicted[name] for name in named}
+
+
+def test_the_longest_rows_that_the_readmes_name_fit() -> None:
+    """The largest thousand, of what `check --device 24GiB` says of the recipe with these settings."""
+    from finetune.baichuan.catalog import known_config
+    from finetune.recipe import load_recipe
+    from finetune.train.devices import parse_device
+    from finetune.train.memory import count_parameters
+    from finetune.train.planning import Plan
+
+    def longest(*more: str) -> int:
+        path = ROOT / "recipes" / "qlora_medical.yaml"
+        made = load_recipe(path, ["adapter.rank=32", "train.batch_size=1", *more])
+        config = known_config(made.model.base)
+        assert config is not None
+        plan = Plan(made, config, count_parameters(made, config)[0], parse_device("24GiB"))
+        return plan.longest_length() // 1000
+
+    plain, small = longest(), longest("train.activation_offloading=true", "model.embeddings=int8")
+    english, chinese = (
+        (ROOT / name).read_text(encoding="utf-8") for name in ("README.md", "README.zh-CN.md")
+    )
+    assert f"rows of {plain},000 tokens, and of {small},000 with offloading and `int8`" in english
+    assert f"可到 {plain},000 个 token，加上前述卸载和 `int8` 可到 {small},000 个" in chinese

@@ -22,10 +22,11 @@ from finetune.report import (
 from finetune.report.curves import MAX_POINTS, charts, nice_ticks, smooth, thin
 from finetune.report.data_summary import data_section
 from finetune.report.files import read_jsonl
-from finetune.report.formatting import byte_size, compact, duration, number, percent, plain_text
+from finetune.report.formatting import compact, duration, number, percent, plain_text, step_time
 from finetune.report.headline import cards
 from finetune.report.page import commands, notices, sample_cards
 from finetune.report.run_folder import RunFolder, read_run
+from finetune.sizes import byte_size
 
 
 class Page(HTMLParser):
@@ -184,7 +185,7 @@ def test_broken_files_are_named_and_the_rest_is_shown(tmp_path: Path) -> None:
     (run / "result.json").write_text('{"status": "fin')
     (run / "samples.jsonl").write_text('{"messages": 3}\n')
     page = Page(build_report(run).read_text(encoding="utf-8"))
-    assert "result.json: not readable as JSON" in page.text
+    assert "result.json:1: not readable as JSON" in page.text
     assert "samples.jsonl:1: expected" in page.text
     assert "Curves" in page.text
 
@@ -228,6 +229,12 @@ def test_reporting_needs_no_torch(finished: Path, tmp_path: Path) -> None:
 
 
 # Its parts
+
+
+def test_predicted_and_measured_stand_side_by_side(tmp_path: Path) -> None:
+    shown = {card.label: card for card in cards(read_run(make_run(tmp_path)))}
+    assert shown["Training time"].note.endswith("0.81 s a step (predicted 0.75 s)")
+    assert shown["Peak memory"].note == "predicted 1.57 GiB"
 
 
 def test_headline_falls_back_to_what_was_logged(tmp_path: Path) -> None:
@@ -411,6 +418,10 @@ def test_agreeing_words_are_marked() -> None:
         (byte_size(1_610_612_736), "1.50 GiB"),
         (byte_size(12), "12 B"),
         (duration(4.2), "4.2 s"),
+        (step_time(0.8123), "0.81 s"),
+        (step_time(9.949), "9.9 s"),
+        (step_time(9.97), "10.0 s"),
+        (step_time(125), "2 min 5 s"),
         (duration(59.7), "60 s"),
         (duration(75), "1 min 15 s"),
         (duration(7384), "2 h 3 min"),
