@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 from finetune.errors import UserError
 from finetune.stage_table import STAGES
 from finetune.train.peak import reset_peak_memory
+from finetune.user_functions import check_functions
 
 if TYPE_CHECKING:
     from finetune.recipe.schema import Recipe, Step
@@ -87,6 +88,7 @@ def run_recipe(
         flags = ["--resume"] * resume + ["--overwrite"] * overwrite
         launch(["run", str(recipe), *overrides, *flags], processes)
         return [Path(each.output_dir) for each in recipes]
+    check_functions(recipes)
     if len(recipes) == 1:
         return [_run_step(recipes[0], resume=resume, overwrite=overwrite)]
     from finetune.pipeline import Pipeline

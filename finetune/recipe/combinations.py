@@ -156,6 +156,12 @@ def _training(recipe: Recipe) -> Iterator[Problem]:
             "int8 goes with a quantised base, of which embeddings and head are a large part: set "
             "model.quantization to nf4 or int8, or model.embeddings to full",
         )
+    if train.gradient_checkpointing == "attention" and recipe.model.attention in ("eager", "flex_attention"):
+        yield (
+            "train.gradient_checkpointing",
+            f"attention keeps what SDPA or FlashAttention computes, and model.attention is {recipe.model.attention}, "
+            "which it cannot see: set train.gradient_checkpointing to true, or model.attention to auto",
+        )
     if train.compile and train.activation_offloading:
         yield (
             "train.compile",

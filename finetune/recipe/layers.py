@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from finetune.recipe.combinations import METHOD_KEYS
+from finetune.recipe.section import Choice
 from finetune.recipe.yaml_text import Key
 
 
@@ -17,6 +17,7 @@ class Settings:
 
     values: dict[str, Any]
     default_origin: str
+    choices: Mapping[Key, Choice] = field(default_factory=dict)  # by the key that others depend on
     origins: dict[Key, str] = field(default_factory=dict)
 
     def origin(self, key: Key) -> str:
@@ -29,8 +30,9 @@ class Settings:
     def apply(self, layer: dict[str, Any], origin: Callable[[Key], str]) -> None:
         """Lay settings over these: sections are merged, anything else is replaced."""
         changed = self._merge(self.values, layer, (), origin)
-        if ("adapter", "method") in changed:
-            self._drop_other_methods({key[1] for key in changed if len(key) == 2 and key[0] == "adapter"})
+        for key, choice in self.choices.items():
+            if key in changed:
+                self._drop_unread(key, choice, changed)
 
     def _merge(
         self, target: dict[str, Any], layer: dict[str, Any], at: Key, origin: Callable[[Key], str]
@@ -48,16 +50,17 @@ class Settings:
                 changed.add(inner)
         return changed
 
-    def _drop_other_methods(self, changed: set[str | int]) -> None:
-        """Another adapter method takes the place of the file's one with all of that one's settings."""
-        adapter = self.values.get("adapter")
-        method = adapter.get("method") if isinstance(adapter, dict) else None
-        if not isinstance(adapter, dict) or method not in METHOD_KEYS:
+    def _drop_unread(self, key: Key, choice: Choice, changed: set[Key]) -> None:
+        """What is chosen anew takes the place of the old choice with all settings that were that one's own."""
+        section, chosen = get_value(self.values, key[:-1]), get_value(self.values, key)
+        if not isinstance(chosen, str) or chosen not in choice:
             return
-        others = {name for names in METHOD_KEYS.values() for name in names} - set(METHOD_KEYS[method])
-        for name in (others & set(adapter)) - changed:
-            del adapter[name]
-            self._forget(("adapter", name))
+        unread = {name for names in choice.values() for name in names} - set(choice[chosen])
+        for name in unread & set(section):
+            own = (*key[:-1], name)
+            if own not in changed:
+                del section[name]
+                self._forget(own)
 
     def _forget(self, key: Key) -> None:
         self.origins = {known: where for known, where in self.origins.items() if known[: len(key)] != key}

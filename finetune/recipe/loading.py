@@ -19,17 +19,10 @@ from typing import Any, cast
 from pydantic import ValidationError
 
 from finetune.errors import UserError
+from finetune.recipe.keys import choices_of, dotted, known_keys, required_keys
 from finetune.recipe.layers import Settings, all_keys, get_value, remove_value
 from finetune.recipe.merge import MergeRecipe
-from finetune.recipe.messages import (
-    FILE_KEYS,
-    describe,
-    dotted,
-    known_keys,
-    required_keys,
-    show,
-    unknown_key,
-)
+from finetune.recipe.messages import FILE_KEYS, describe, show, unknown_key
 from finetune.recipe.schema import Recipe, Step
 from finetune.recipe.yaml_text import Document, Key, parse_yaml
 from finetune.stage_table import STAGES
@@ -94,6 +87,10 @@ def load_pipeline(path: str | Path, overrides: Sequence[str] = ()) -> list[Step]
     kinds = [_recipe_class(step.data, overrides) for _, step in steps]
     keys = [known_keys(kind).keys() - kind.unread for kind in kinds]
     unknown = [text for text in overrides if not any(_override_name(text) in known for known in keys)]
+    problems: list[_Problem] = []
+    _parse_overrides(unknown, problems, *kinds)
+    if problems:
+        raise _refusal(path, problems)
     recipes: list[Step] = []
     beginnings: dict[str, str] = {}  # output folder of a recipe → base that its chain began with
     for (entry, step), known in zip(steps, keys):
@@ -201,9 +198,9 @@ def _build(
     if odd := [key for key in document.data if not isinstance(key, str)]:
         raise UserError(f"{path}: expected keys that are text, found {show(odd[0])}")
 
-    settings = Settings({"name": Path(path).stem}, str(path))
     layer = {name: value for name, value in document.data.items() if name != "for_base"}
     kind = _recipe_class(layer, overrides)
+    settings = Settings({"name": Path(path).stem}, str(path), choices_of(kind))
     _empty_sections(layer, kind)
     settings.apply(layer, lambda key: _line(path, document, key))
     commands = _parse_overrides(overrides, problems, kind)
@@ -242,9 +239,9 @@ def _override_name(text: str) -> str:
 
 
 def _parse_overrides(
-    overrides: Iterable[str], problems: list[_Problem], kind: type[Step]
+    overrides: Iterable[str], problems: list[_Problem], *kinds: type[Step]
 ) -> list[tuple[Key, Any]]:
-    """`a.b=value` texts as keys and values, in the order given."""
+    """`a.b=value` texts as keys and values, in the order given; keys are known to one of the kinds of recipe."""
     parsed: list[tuple[Key, Any]] = []
     for text in overrides:
         name, (_, equals, value) = _override_name(text), text.partition("=")
@@ -253,8 +250,8 @@ def _parse_overrides(
             problems.append(_Problem(_COMMAND_LINE, "", f"expected key=value, found {text!r}"))
         elif name in FILE_KEYS:
             problems.append(_Problem(_COMMAND_LINE, name, "can only stand in a file"))
-        elif dotted(key) not in known_keys(kind):
-            problems.append(_Problem(_COMMAND_LINE, dotted(key), unknown_key(key, kind)))
+        elif dotted(key) not in known_keys(*kinds):
+            problems.append(_Problem(_COMMAND_LINE, dotted(key), unknown_key(key, *kinds)))
         else:
             try:
                 parsed.append((key, parse_yaml(value, f"{_COMMAND_LINE}: {dotted(key)}").data))
@@ -323,7 +320,7 @@ def _check_unused(
     kind: type[Step],
 ) -> list[_Problem]:
     """Misspelt keys and wrong values in a block for another base: found today, not on the big machine."""
-    trial = Settings(copy.deepcopy(settings.values), settings.default_origin)
+    trial = Settings(copy.deepcopy(settings.values), settings.default_origin, settings.choices)
     trial.apply(block, _block_origin(path, document, at))
     own = set(all_keys(block, ()))
     problems = []
@@ -351,7 +348,8 @@ def _check(settings: Settings, kind: type[Step]) -> tuple[Step | None, list[_Pro
                 return None, _combination_problems(settings, details["ctx"]["problems"])
             text = describe(details, key, kind)
             problems.append(_Problem(settings.origin(key), dotted(key), text))
-            remove_value(rest, key)
+            # What goes with a choice that is none cannot be told: its whole section waits.
+            remove_value(rest, key[:-1] if key in settings.choices else key)
     # What is required gets a stand-in, so that only combinations can still be wrong.
     for section, name in required_keys(kind):
         rest.setdefault(section, {}).setdefault(name, "-")

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import difflib
-from functools import cache
-from typing import Any, get_args
+import re
+from collections.abc import Sequence
+from typing import Any
 
-from pydantic import BaseModel
 from pydantic_core import ErrorDetails
 
-from finetune.recipe.schema import Recipe, Source, Step
+from finetune.recipe.keys import dotted, field_at, known_keys, required_keys, section_at, stages_with
+from finetune.recipe.schema import Recipe, Step
 from finetune.recipe.yaml_text import Key
 
 FILE_KEYS = ("for_base", "pipeline")
@@ -72,94 +73,78 @@ _COMPARISONS = {
 }
 
 
-@cache
-def known_keys(recipe: type[Step] = Recipe) -> dict[str, bool]:
-    """Every dotted key of a recipe, in schema order; the value says whether it is a section."""
-    keys: dict[str, bool] = {}
-    for name, field in recipe.model_fields.items():
-        section = field.annotation
-        is_section = isinstance(section, type) and issubclass(section, BaseModel)
-        keys[name] = is_section
-        if isinstance(section, type) and issubclass(section, BaseModel):
-            for leaf, setting in section.model_fields.items():
-                keys[f"{name}.{leaf}"] = False
-                inner = _optional_section(setting.annotation)
-                keys |= {f"{name}.{leaf}.{key}": False for key in inner.model_fields} if inner else {}
-    return keys
-
-
-def _optional_section(annotation: Any) -> type[BaseModel] | None:
-    """The section that a setting may hold, such as data.sampling; None if it holds none."""
-    kinds = [kind for kind in get_args(annotation) if isinstance(kind, type) and issubclass(kind, BaseModel)]
-    return kinds[0] if kinds and type(None) in get_args(annotation) else None
-
-
-def required_keys(recipe: type[Step] = Recipe) -> list[tuple[str, str]]:
-    """(section, key) of every key in a section that has no default."""
-    return [
-        (name, leaf)
-        for name, field in recipe.model_fields.items()
-        if isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel)
-        for leaf, setting in field.annotation.model_fields.items()
-        if setting.is_required()
-    ]
-
-
-def dotted(key: Key) -> str:
-    """("data", "train", 0, "weight") → data.train[0].weight"""
-    text = ""
-    for part in key:
-        text += f"[{part}]" if isinstance(part, int) else f".{part}" if text else part
-    return text
-
-
 def missing_key(key: Key, recipe: type[Step] = Recipe) -> str:
     """Say that a key is required, and what it is for; of a section, which keys are."""
-    if any(isinstance(part, int) for part in key):  # an entry of data.train
-        return f"required, and not given: {Source.model_fields[str(key[-1])].description}"
-    field = recipe.model_fields[str(key[0])]
-    section = field.annotation
-    if len(key) > 2:
-        inner = _optional_section(section.model_fields[str(key[1])].annotation)  # type: ignore[union-attr]
-        field = inner.model_fields[str(key[2])] if inner else field
-        return f"required, and not given: {field.description}"
-    if isinstance(section, type) and issubclass(section, BaseModel):
-        if len(key) == 1:
-            needed = [f"{key[0]}.{name}" for name, leaf in section.model_fields.items() if leaf.is_required()]
-            return f"required, and not given: it holds {', '.join(needed)}"
-        field = section.model_fields.get(str(key[1]), field)
-    return "required, and not given" + (f": {field.description}" if field.description else "")
+    field = field_at(key, recipe)
+    if field is None or field.description is None:
+        needed = [dotted(required) for required in required_keys(recipe) if required[0] == key[0]]
+        return "required, and not given" + (f": it holds {', '.join(needed)}" if needed else "")
+    return f"required, and not given: {field.description}"
 
 
-def unknown_key(key: Key, recipe: type[Step] = Recipe) -> str:
-    """Say that a key is not known, and which one was probably meant."""
-    near = suggest(key, recipe)
+def unknown_key(key: Key, *recipes: type[Step]) -> str:
+    """Say that a key is not known to the recipes of a stage, or of several, and which one was probably meant."""
+    if all(isinstance(part, str) for part in key):
+        if whole := _one_value(key, recipes):
+            return f"unknown key; {whole}"
+        if stages := stages_with(dotted(key)):
+            word = "stage" if len(stages) == 1 else "stages"
+            return f"unknown key here; it belongs to {word} {', '.join(stages)}"
+    near = suggest(key, *recipes)
     return "unknown key" + (f"; did you mean {' or '.join(near)}?" if near else "")
 
 
-def suggest(key: Key, recipe: type[Step] = Recipe) -> list[str]:
-    """The known keys nearest to an unknown one, best first: at most two, or none.
+def _one_value(key: Key, recipes: Sequence[type[Step]]) -> str | None:
+    """Say that what was taken for a section is a key that is set as a whole, if so."""
+    known = known_keys(*recipes)
+    for length in range(len(key) - 1, 0, -1):
+        name = dotted(key[:length])
+        if name in known and not any(other.startswith(f"{name}.") for other in known):
+            fields = [field_at(key[:length], recipe) for recipe in recipes or (Recipe,)]
+            return f"{name} is set as a whole: {next(field.description for field in fields if field)}"
+    return None
 
-    A key in the wrong section is found, and so is a misspelt key of any section.
+
+def suggest(key: Key, *recipes: type[Step]) -> list[str]:
+    """The known keys nearest to an unknown one, dotted, best first: at most three, or none.
+
+    A key in the wrong section is found, and so is a misspelt key of any section. Of keys with the same last part
+    those are named whose sections were typed, too.
     """
     leaf = str(key[-1])
-    if any(isinstance(part, int) for part in key):  # inside an entry of data.train
-        return difflib.get_close_matches(leaf, list(Source.model_fields), n=1)
-    known = known_keys(recipe)
+    if any(isinstance(part, int) for part in key):  # inside an entry of a list, such as data.train
+        sections = [section_at(key[:-1], recipe) for recipe in recipes or (Recipe,)]
+        names = [name for section in sections if section for name in section.model_fields]
+        return difflib.get_close_matches(leaf, names, n=1)
+    known = known_keys(*recipes)
     by_leaf: dict[str, list[str]] = {}
     for name in (*known, *(FILE_KEYS if len(key) == 1 else ())):
         by_leaf.setdefault(name.rpartition(".")[2], []).append(name)
     if leaf in by_leaf and (len(key) > 1 or not known.get(leaf, False)):
-        return by_leaf[leaf][:2]
-    if leaf.lower() in _OTHER_NAMES:
-        return [_OTHER_NAMES[leaf.lower()]]
-    section = ".".join(map(str, key[:-1]))
-    siblings = [name.rpartition(".")[2] for name in known if name.rpartition(".")[0] == section]
-    for names in (siblings if section in known or not section else [], list(by_leaf)):
-        if near := difflib.get_close_matches(leaf.lower(), names, n=1):
-            same_section = [f"{section}.{near[0]}" if section else near[0]]
-            return [name for name in same_section if name in known] or by_leaf[near[0]][:2]
-    return []
+        return _likest(key, by_leaf[leaf])
+    if (other := _OTHER_NAMES.get(leaf.lower())) in known:
+        return [str(other)]
+    section = dotted(key[:-1])
+    places = [section] if section in ("", *known) else by_leaf.get(section.rpartition(".")[2], [])
+    for place in places:
+        siblings = {name.rpartition(".")[2]: name for name in known if name.rpartition(".")[0] == place}
+        if near := difflib.get_close_matches(leaf.lower(), siblings, n=1):
+            return [siblings[near[0]]]
+    if section not in known and (values := [place for place in places if not known.get(place, True)]):
+        return _likest(key, values)  # what was taken for a section is a key elsewhere
+    near = difflib.get_close_matches(leaf.lower(), by_leaf, n=1)
+    return _likest(key, by_leaf[near[0]]) if near else []
+
+
+def _likest(key: Key, names: Sequence[str]) -> list[str]:
+    """Of keys with the same last part those whose sections are most like what was typed; three at most."""
+    typed = re.split(r"[._-]", dotted(key))
+
+    def likeness(name: str) -> int:
+        return sum(bool(difflib.get_close_matches(own, typed, cutoff=0.7)) for own in name.split(".")[:-1])
+
+    best = max(map(likeness, names))
+    return [name for name in names if likeness(name) == best][:3]
 
 
 def describe(error: ErrorDetails, key: Key, recipe: type[Step] = Recipe) -> str:

@@ -67,6 +67,8 @@ class Model(Section):
 class Adapter(Section):
     """The trainable part. Each method has its own keys (METHOD_KEYS)."""
 
+    choices: ClassVar = {"method": METHOD_KEYS}
+
     method: Literal["lora", "ptuning", "prefix"] = Field(default="lora", description="kind of adapter")
 
     rank: int = Field(
@@ -171,6 +173,8 @@ Sources = Annotated[
 
 class Sampling(Section):
     """A sample of the training rows, balanced over what they ask and free of near-duplicates."""
+
+    choices: ClassVar = {"method": {"quota": (), "temperature": ("temperature",)}}
 
     size: int = Field(gt=0, description="training rows to take; fewer where fewer differ")
     method: Literal["quota", "temperature"] = Field(
@@ -296,8 +300,16 @@ class Step(Section):
         """Settings that cannot work together, each with its key, the reason and the remedy."""
         return []
 
+    def held_to(self) -> list[str]:
+        """What the results will be held to, in sentences for `check`."""
+        return []
+
     def input_files(self) -> list[str]:
         """The data files that are read, as the recipe names them: a step is done again where one has changed."""
+        return []
+
+    def user_functions(self) -> list[tuple[str, str]]:
+        """The functions of the user's that are called, as (key, ``package.module:function``)."""
         return []
 
     @property

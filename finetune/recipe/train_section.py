@@ -15,8 +15,8 @@ AUTO = 0
 def _batch_size(value: Any) -> Any:
     if value == "auto":
         return AUTO
-    if isinstance(value, int) and not isinstance(value, bool) and value < 1:
-        raise ValueError(f"expected a number of at least 1, or auto, found {value}")
+    if isinstance(value, str) or (isinstance(value, int) and not isinstance(value, bool) and value < 1):
+        raise ValueError(f"expected a number of at least 1, or auto, found {value!r}")
     return value
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Literal
+from typing import ClassVar, Literal
 
 from pydantic import Field
 
@@ -28,6 +28,8 @@ class DPOAdapter(Adapter):
 
 class DPO(Section):
     """The loss of direct preference optimisation."""
+
+    choices: ClassVar = {"loss": {"sigmoid": ("label_smoothing",), "ipo": (), "robust": ("label_smoothing",)}}
 
     loss: Literal["sigmoid", "ipo", "robust"] = Field(
         default="sigmoid",

@@ -31,10 +31,19 @@ def save_checkpoint(trainer: PPOTrainer, run: RunFolder, *, keep: int) -> Path:
 
     Returns:
         The folder.
+
+    Raises:
+        UserError: the disk is full.
     """
+    # Parameters, perhaps their average, and two moments of each.
+    needed = 4 * sum(p.nbytes for _, p, _ in _parameters(trainer))
+    with run.writing(needed) as staging:
+        return _write(trainer, run, staging, keep=keep)
+
+
+def _write(trainer: PPOTrainer, run: RunFolder, staging: Path, *, keep: int) -> Path:
     accelerator = trainer.accelerator
     final = run.checkpoints / f"step-{trainer.iteration}"
-    staging = run.checkpoints / ".writing"
     if accelerator.is_main_process:
         shutil.rmtree(staging, ignore_errors=True)
         staging.mkdir(parents=True)

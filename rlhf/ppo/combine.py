@@ -15,7 +15,7 @@ from rlhf.ppo.functional import Reduce
 from rlhf.safety.joining import gate, lagrangian, update_multiplier
 
 if TYPE_CHECKING:
-    from rlhf.ppo.recipe import Join
+    from rlhf.ppo.reward_sections import Join
 
 Scores = Mapping[str, torch.Tensor]
 """Normalised scores (b,) by the name of the reward."""

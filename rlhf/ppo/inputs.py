@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from finetune.errors import UserError
-from rlhf.ppo.rewards import is_function
+from finetune.user_functions import is_function
 
 if TYPE_CHECKING:
     from rlhf.ppo.prompts import Prompt

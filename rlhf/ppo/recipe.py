@@ -6,11 +6,13 @@ from collections.abc import Iterator, Sequence
 from typing import Annotated, ClassVar, Literal
 
 import yaml
-from pydantic import Discriminator, Field, Tag, field_validator
+from pydantic import Field
 
 from finetune.recipe.combinations import Problem
-from finetune.recipe.schema import Adapter, Data, Section, Text, Train, path_or_list, path_or_section
+from finetune.recipe.schema import Adapter, Data, Section, Train
 from finetune.recipe.yaml_text import dump_yaml
+from finetune.user_functions import is_function
+from rlhf.ppo.reward_sections import JOIN_KEYS, Join, RewardPart, Rewards, named_parts
 from rlhf.recipe import RlhfRecipe
 
 UNREAD_TRAIN_KEYS = (
@@ -25,51 +27,6 @@ UNREAD_TRAIN_KEYS = (
     "compile",
 )
 """Keys of section train that PPO has no use for: what takes their place is in section ppo."""
-
-
-class RewardPart(Section):
-    """One reward of several."""
-
-    path: str = Field(
-        default="",
-        validate_default=True,
-        description="adapter folder of stage reward, merged reward model, or package.module:function",
-    )
-    weight: float = Field(default=1.0, description="what its normalised score is multiplied with")
-    mean: float | None = Field(
-        default=None, description="mean of its raw scores; null is what is stored with a reward model, or 0"
-    )
-    std: float | None = Field(
-        default=None, gt=0, description="their deviation; null is what is stored with a reward model, or 1"
-    )
-    name: str | None = Field(
-        default=None, min_length=1, description="what metrics call it; null is the last part of its path"
-    )
-
-    @field_validator("path")
-    @classmethod
-    def _check_path(cls, path: str) -> str:
-        if not path:
-            raise ValueError("expected an adapter folder, a merged reward model or package.module:function")
-        return path
-
-
-_OnePart = Annotated[
-    Annotated[Text, Tag("<path>")] | Annotated[RewardPart, Tag("<section>")],
-    Discriminator(
-        path_or_section,
-        custom_error_type="reward_part",
-        custom_error_message="expected a path or {path: ..., weight: ..., name: ...}",
-    ),
-]
-Rewards = Annotated[
-    Annotated[Text, Tag("<path>")] | Annotated[Annotated[list[_OnePart], Field(min_length=1)], Tag("<list>")],
-    Discriminator(
-        path_or_list,
-        custom_error_type="rewards",
-        custom_error_message="expected a path or a list of paths and {path: ..., weight: ...} entries",
-    ),
-]
 
 
 class PromptAdapter(Adapter):
@@ -101,46 +58,6 @@ class PPOTrain(Train):
     max_grad_norm: float = Field(default=0.5, gt=0, description="gradients are scaled down to this norm")
     save_every: int | None = Field(default=25, ge=1, description="iterations between checkpoints")
     kernels: Literal["auto", "none", "liger"] = Field(default="none", description="always none")
-
-
-class Join(Section):
-    """How several rewards become one; all scores are normalised."""
-
-    method: Literal["weighted", "gate", "lagrangian"] = Field(
-        default="weighted",
-        description="weighted sum; gate: harmless below the threshold overrides the others; lagrangian: the others "
-        "under a constraint on harm, with a learned multiplier",
-    )
-    harmless: Text = Field(
-        default="harmless", description="gate, lagrangian: name of the reward that the others give way to"
-    )
-    threshold: float = Field(default=0.0, description="gate: harmless scores from here on pass")
-    multiplier: float = Field(
-        default=1.0, gt=0, description="lagrangian: price of harm in the first iteration"
-    )
-    multiplier_rate: float = Field(
-        default=0.1, gt=0, description="lagrangian: step size of the multiplier's logarithm"
-    )
-    multiplier_max: float = Field(
-        default=10.0, gt=0, description="lagrangian: the multiplier grows no further"
-    )
-    cost_limit: float = Field(
-        default=0.0, description="lagrangian: mean cost (minus the harmless score) that is allowed"
-    )
-    cost_decay: float = Field(
-        default=0.5,
-        ge=0,
-        lt=1,
-        description="lagrangian: decay of the moving average of an iteration's mean cost",
-    )
-
-
-JOIN_KEYS = {
-    "weighted": (),
-    "gate": ("harmless", "threshold"),
-    "lagrangian": ("harmless", "multiplier", "multiplier_rate", "multiplier_max", "cost_limit", "cost_decay"),
-}
-"""Keys that each method of joining reads."""
 
 
 class PPO(Section):
@@ -255,17 +172,17 @@ class PPORecipe(RlhfRecipe):
     join: Join = Field(default_factory=Join)
 
     def reward_parts(self) -> list[RewardPart]:
-        """The rewards as a list, names filled in, no two alike."""
-        entries = [self.ppo.reward] if isinstance(self.ppo.reward, str) else self.ppo.reward
-        parts = [RewardPart(path=entry) if isinstance(entry, str) else entry for entry in entries]
-        named: list[RewardPart] = []
-        for part in parts:
-            name = part.name or _short_name(part.path)
-            taken = [other.name for other in named]
-            if name in taken:
-                name = next(f"{name}_{n}" for n in range(2, len(parts) + 2) if f"{name}_{n}" not in taken)
-            named.append(part.model_copy(update={"name": name}))
-        return named
+        """The rewards as a list, names filled in."""
+        return named_parts(self.ppo.reward)
+
+    def user_functions(self) -> list[tuple[str, str]]:
+        """The rewards that are functions."""
+        return [("ppo.reward", part.path) for part in self.reward_parts() if is_function(part.path)]
+
+    def held_to(self) -> list[str]:
+        """How several rewards are joined."""
+        several = len(self.reward_parts()) > 1
+        return [f"join: {self.join.summary()} (scores are normalised)"] if several else []
 
     def problems(self) -> list[Problem]:
         """Beside those of every stage of rlhf: those of PPO."""
@@ -281,6 +198,12 @@ class PPORecipe(RlhfRecipe):
         for key in sorted(join.model_fields_set - {"method", *JOIN_KEYS[join.method]}):
             yield f"join.{key}", f"has no effect with join.method {join.method}: remove this key"
         names = [str(part.name) for part in parts]
+        for name in sorted({name for name in names if names.count(name) > 1}):
+            yield (
+                "ppo.reward",
+                f"{names.count(name)} rewards have the name {name}, by which metrics and section join know them: "
+                "give each its own",
+            )
         if join.method != "weighted":
             if join.harmless not in names or len(names) < 2:
                 yield (
@@ -295,7 +218,7 @@ class PPORecipe(RlhfRecipe):
                     f"the weight of {join.harmless} has no effect with join.method {join.method}: remove it",
                 )
             parts = [part for part in parts if part.name != join.harmless]
-        if all(part.weight == 0 for part in parts):
+        if parts and all(part.weight == 0 for part in parts):
             yield "ppo.reward", "all weights are 0: there is nothing to learn from"
         if join.method == "lagrangian" and join.multiplier > join.multiplier_max:
             yield "join.multiplier", f"is above join.multiplier_max {join.multiplier_max:g}: lower it"
@@ -378,11 +301,3 @@ def portions(shares: Sequence[float], size: int) -> list[int]:
     for i in by_remainder[: size - sum(whole)]:
         whole[i] += 1
     return whole
-
-
-def _short_name(path: str) -> str:
-    """`pkg.module:share` → share; `runs/reward_helpful/adapter` → reward_helpful."""
-    if ":" in path:
-        return path.rpartition(":")[2]
-    parts = [part for part in path.replace("\\", "/").split("/") if part not in ("", ".", "..", "adapter")]
-    return parts[-1] if parts else "reward"

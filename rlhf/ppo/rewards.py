@@ -8,9 +8,7 @@ for each:
 
 from __future__ import annotations
 
-import importlib
 import math
-import sys
 import traceback
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -20,6 +18,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 import torch
 
 from finetune.errors import UserError
+from finetune.user_functions import find_function, is_function
 from finetune.words import plural
 from rlhf.ppo.combine import Combination, WeightedSum, make_combination
 from rlhf.ppo.errors import RunStopped
@@ -30,7 +29,8 @@ if TYPE_CHECKING:
     from finetune.baichuan.load import Base
     from finetune.data.records import Message
     from rlhf.ppo.models import SharedBase
-    from rlhf.ppo.recipe import PPORecipe, RewardPart
+    from rlhf.ppo.recipe import PPORecipe
+    from rlhf.ppo.reward_sections import RewardPart
 
 Conversations = list[list["Message"]]
 
@@ -163,7 +163,7 @@ def check_rewards(recipe: PPORecipe, base: Base, tokenizer: Any) -> None:
 
     for part in recipe.reward_parts():
         if is_function(part.path):
-            load_function(part.path)
+            find_function(part.path, "ppo.reward")
             continue
         folder = Path(recipe.resolve(part.path))
         if not folder.is_dir():
@@ -178,49 +178,25 @@ def check_rewards(recipe: PPORecipe, base: Base, tokenizer: Any) -> None:
 def build_rewards(
     recipe: PPORecipe, models: SharedBase, base: Base, tokenizer: Any, *, batch_size: int
 ) -> Rewards:
-    """The rewards of a recipe; adapters are put on the shared base under the names ``reward_NAME``.
+    """The rewards of a recipe; adapters are put on the shared base as ``reward_1``, ``reward_2``, …
+
+    Names of the recipe's would not do: peft's must not hold dots, and without them a.b and a_b could be one.
 
     Raises:
         UserError: see `check_rewards`.
     """
     parts = []
-    for part in recipe.reward_parts():
+    for number, part in enumerate(recipe.reward_parts(), start=1):
         folder = Path(recipe.resolve(part.path))
         if is_function(part.path):
             parts.append(_function_part(part))
         elif (folder / "adapter_config.json").is_file():
-            parts.append(_adapter_part(part, folder, models, base, tokenizer, batch_size))
+            adapter = f"reward_{number}"
+            parts.append(_adapter_part(part, folder, adapter, models, base, tokenizer, batch_size))
         else:
             parts.append(_merged_part(part, folder, recipe, batch_size))
     weights = {part.name: part.weight for part in parts}
     return Rewards(parts, make_combination(recipe.join, weights))
-
-
-def is_function(path: str) -> bool:
-    """Whether a path names a Python function, ``package.module:function``."""
-    module, colon, name = path.partition(":")
-    return bool(colon) and name.isidentifier() and all(p.isidentifier() for p in module.split("."))
-
-
-def load_function(path: str) -> Callable[[Conversations], Sequence[float]]:
-    """Import ``package.module:function``; modules in the current directory are found too.
-
-    Raises:
-        UserError: there is no such module or function.
-    """
-    module_name, _, name = path.partition(":")
-    if "" not in sys.path:
-        sys.path.insert(0, "")
-    try:
-        function = getattr(importlib.import_module(module_name), name)
-    except (ImportError, AttributeError) as error:
-        raise UserError(
-            f"ppo.reward: {path} cannot be imported: {error}",
-            hint="expected package.module:function, installed or below the current directory",
-        ) from error
-    if not callable(function):
-        raise UserError(f"ppo.reward: {path} is no function but {type(function).__name__}")
-    return function
 
 
 def _part(part: RewardPart, score: Reward, mean: float, std: float) -> Part:
@@ -230,7 +206,7 @@ def _part(part: RewardPart, score: Reward, mean: float, std: float) -> Part:
 
 
 def _function_part(part: RewardPart) -> Part:
-    function = load_function(part.path)
+    function = find_function(part.path, "ppo.reward")
 
     def score(answered: Sequence[Answered]) -> Sequence[float]:
         # Copies: what a function does to its arguments must not reach prompts that come again.
@@ -250,11 +226,16 @@ def _function_part(part: RewardPart) -> Part:
 
 
 def _adapter_part(
-    part: RewardPart, folder: Path, models: SharedBase, base: Base, tokenizer: Any, batch_size: int
+    part: RewardPart,
+    folder: Path,
+    adapter: str,
+    models: SharedBase,
+    base: Base,
+    tokenizer: Any,
+    batch_size: int,
 ) -> Part:
     from rlhf.reward.adapter import load_reward
 
-    adapter = f"reward_{part.name}".replace(".", "_")  # peft's names stand between dots
     loaded = load_reward(folder, models.peft, base=base, tokenizer=tokenizer, name=adapter)
     models.register(adapter)
 

@@ -132,7 +132,10 @@ def test_a_merge_step_replaces_only_what_is_whole(tiny_bases: dict[str, Path], t
     record = json.loads((chain / "merged" / "merge.json").read_text(encoding="utf-8"))
     assert record["settings"]["dtype"] == "bfloat16"
     assert [path.name for path in chain.iterdir() if path.name.startswith(".")] == []
-    assert "exists already" in finetune("check", step)
+    output = finetune("check", step)
+    assert "exists already" in output
+    assert "0.1% in float32, 1.0% in float16, 5.0% in bfloat16" in output
+    assert "logits may differ" not in finetune("check", step, "merge.verify=false")
     finetune("check", step, "merge.max_shard_size=lots", expect=2)
 
 

@@ -9,10 +9,11 @@ from typing import Any
 
 import pytest
 import torch
+import yaml
 from safetensors.torch import load_file
 from tiny_model import write_rows
 from tiny_ppo import ppo_metrics, write_ppo_recipe
-from tiny_run import finetune
+from tiny_run import finetune, write_recipe
 
 
 def write_joined(folder: Path, base: Path) -> str:
@@ -66,3 +67,40 @@ def test_a_source_without_prompts_of_its_own_is_named(tiny_bases: dict[str, Path
     write_rows(tmp_path / "attacks.jsonl", [{"prompt": "坏问题？"}])
     write_rows(tmp_path / "prompts.jsonl", [{"prompt": "坏问题？"}])
     assert "no prompts are left of" in finetune("run", recipe, expect=2)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "said"),
+    [
+        ([], "lagrangian: the harmless score is to be 0 or more on average (join.cost_limit 0)"),
+        (["join.cost_limit=-0.8", "join.multiplier=4"], "is to be 0.8 or more on average"),
+        (["join.method=gate", "join.threshold=0.25"], "gate: responses whose harmless score is 0.25 or more"),
+        (["join.method=weighted"], "join: weighted sum"),
+    ],
+)
+def test_check_says_what_responses_are_held_to(
+    tiny_bases: dict[str, Path], tmp_path: Path, overrides: list[str], said: str
+) -> None:
+    assert said in finetune("check", write_joined(tmp_path, tiny_bases["rope"]), *overrides)
+
+
+def test_check_says_it_of_a_step_whose_inputs_are_not_there_yet(
+    tiny_bases: dict[str, Path], tmp_path: Path
+) -> None:
+    first = Path(write_recipe(tmp_path / "first", tiny_bases["rope"]))
+    second = Path(write_joined(tmp_path / "second", tiny_bases["rope"]))
+    settings = {
+        **yaml.safe_load(second.read_text()),
+        "name": "second",
+        "join": {"method": "gate", "threshold": 0.25},
+    }
+    settings["model"]["adapter"] = str(tmp_path / "first" / "run" / "adapter")
+    second.write_text(yaml.safe_dump(settings, allow_unicode=True))
+    (tmp_path / "both.yaml").write_text(yaml.safe_dump({"pipeline": [str(first), str(second)]}))
+    output = finetune("check", tmp_path / "both.yaml")
+    assert "is not there yet, so only the recipe was checked" in output
+    assert "join: gate: responses whose harmless score is 0.25 or more" in output
+
+
+def test_check_says_nothing_of_joining_a_single_reward(tiny_bases: dict[str, Path], tmp_path: Path) -> None:
+    assert "join:" not in finetune("check", write_ppo_recipe(tmp_path, tiny_bases["rope"]))

@@ -21,7 +21,7 @@ from tiny_run import finetune
         ("tiny_ppo:nan", "expected finite numbers, found nan for the response"),
         ("tiny_ppo:one_too_few", "expected 2 numbers, one for each response, found 1"),
         ("tiny_ppo:words", "expected a list of numbers"),
-        ("tiny_ppo:digit", "cannot be imported"),
+        ("tiny_ppo:digit", "did you mean tiny_ppo:digits?"),
         ("no_such_module:reward", "cannot be imported"),
         ("tiny_ppo:PROMPTS", "is no function"),
         ("runs/nowhere/adapter", "no such folder"),

@@ -13,7 +13,8 @@ from finetune.errors import UserError
 from finetune.recipe import load_recipe
 from rlhf.ppo.combine import Lagrangian, WeightedSum, make_combination
 from rlhf.ppo.prompts import Prompt, iteration_prompts
-from rlhf.ppo.recipe import Join, PPORecipe, portions
+from rlhf.ppo.recipe import PPORecipe, portions
+from rlhf.ppo.reward_sections import Join
 from rlhf.safety.joining import update_multiplier
 
 SCORES = {

@@ -26,7 +26,7 @@ from rlhf.ppo.monitor import Monitor, signs
 from rlhf.ppo.processes import Processes
 from rlhf.ppo.prompts import load_prompts, prompt_order, spread
 from rlhf.ppo.reward_functions import numeral_share
-from rlhf.ppo.rewards import Answered, Part, Rewards, WeightedSum, is_function
+from rlhf.ppo.rewards import Answered, Part, Rewards, WeightedSum
 from rlhf.ppo.rollout import as_rollout
 from rlhf.ppo.trainer import PPOTrainer
 
@@ -143,11 +143,6 @@ def test_numeral_share() -> None:
     assert share("一") == pytest.approx(1 / 8)
     assert share("一" * 120) == 0.5
     assert share("") == 0
-
-
-def test_which_paths_are_functions() -> None:
-    assert is_function("package.module:function")
-    assert not any(map(is_function, ("runs/x/adapter", "C:\\runs\\x", "module:", "a-b:c", "runs/x:y")))
 
 
 # --- signs ------------------------------------------------------------------------------------------------------
@@ -361,34 +356,48 @@ def test_early_stop_ends_the_update(tiny_bases: dict[str, Path], tmp_path: Path)
 # --- reward adapters --------------------------------------------------------------------------------------------
 
 
-@pytest.fixture
-def reward_folder(tiny_bases: dict[str, Path], tmp_path: Path) -> Path:
+def write_reward(folder: Path, base_folder: Path, *, seed: int = 3) -> Path:
     """A reward adapter with random weights, as stage reward leaves it."""
     from test_ppo_models import config, randomise
 
     from rlhf.ppo.models import SharedBase
     from rlhf.reward.adapter import RewardInfo, ScoreHead, save_head, vocabulary_digest
 
-    base = resolve_base(str(tiny_bases["rope"]))
+    base = resolve_base(str(base_folder))
     models = SharedBase(tiny_model("rope"))
     models.lm.name_or_path = base.identity
     models.add_new("judge", config())
-    randomise(models, "judge", 3)
-    models.save("judge", tmp_path / "judge")
+    randomise(models, "judge", seed)
+    models.save("judge", folder)
     head = ScoreHead(64)
     head.weight.data = torch.linspace(-1, 1, 64)
     tokenizer = load_tokenizer(base.folder)
     info = RewardInfo(base.identity, vocabulary_digest(tokenizer), 0.5, 2.0, 100, 0.8, 64)
-    save_head(tmp_path / "judge", head, info)
-    return tmp_path / "judge"
+    save_head(folder, head, info)
+    return folder
+
+
+def scored_alone(folder: Path, answered: list[Answered]) -> list[float]:
+    """What a reward adapter says on a base of its own."""
+    from rlhf.reward.adapter import load_reward
+
+    alone = load_reward(folder, tiny_model("rope"))
+    decoder = alone.model.eval().get_base_model().model
+    with torch.no_grad():
+        hidden = [decoder(input_ids=torch.tensor([each.ids])).last_hidden_state for each in answered]
+        return [float(alone.head(states[0, -1])) for states in hidden]
+
+
+@pytest.fixture
+def reward_folder(tiny_bases: dict[str, Path], tmp_path: Path) -> Path:
+    """A reward adapter."""
+    return write_reward(tmp_path / "judge", tiny_bases["rope"])
 
 
 def test_a_reward_adapter_scores_on_the_shared_base(
     tiny_bases: dict[str, Path], tmp_path: Path, reward_folder: Path
 ) -> None:
     """As on a base of its own; normalised with what is stored beside it; and the critic begins as it."""
-    from rlhf.reward.adapter import load_reward
-
     recipe: Any = load_recipe(
         write_ppo_recipe(tmp_path, tiny_bases["rope"], ppo={"reward": str(reward_folder)})
     )
@@ -398,14 +407,9 @@ def test_a_reward_adapter_scores_on_the_shared_base(
     some = [Answered([], [*prompt, *response]) for prompt, response in zip(PROMPTS, RESPONSES)]
     scores, raw = rewards(some)
 
-    alone = load_reward(reward_folder, tiny_model("rope"))
-    alone.model.eval()
-    for row, each in enumerate(some):
-        with torch.no_grad():
-            hidden = alone.model.get_base_model().model(input_ids=torch.tensor([each.ids])).last_hidden_state
-            expected = float(alone.head(hidden[0, -1]))
-        assert raw["judge"][row].item() == pytest.approx(expected, abs=1e-4)
-        assert scores[row].item() == pytest.approx((expected - 0.5) / 2, abs=1e-4)
+    expected = scored_alone(reward_folder, some)
+    assert raw["judge"].tolist() == pytest.approx(expected, abs=1e-4)
+    assert scores.tolist() == pytest.approx([(score - 0.5) / 2 for score in expected], abs=1e-4)
 
     from rlhf.ppo.rollout import last_hidden
 
@@ -415,6 +419,21 @@ def test_a_reward_adapter_scores_on_the_shared_base(
     trained = {key for key, p in models.lm.named_parameters() if p.requires_grad}
     assert trained
     assert all(".actor." in key or ".critic." in key for key in trained)
+
+
+def test_names_that_differ_little_are_two_rewards(tiny_bases: dict[str, Path], tmp_path: Path) -> None:
+    folders = {
+        name: write_reward(tmp_path / name, tiny_bases["rope"], seed=seed)
+        for seed, name in enumerate(("a.b", "a_b"))
+    }
+    reward = [{"name": name, "path": str(folder)} for name, folder in folders.items()]
+    recipe: Any = load_recipe(write_ppo_recipe(tmp_path, tiny_bases["rope"], ppo={"reward": reward}))
+    base = resolve_base(str(tiny_bases["rope"]))
+    _, _, rewards = build_models(recipe, base, load_tokenizer(base.folder), batch_size=2)
+    some = [Answered([], [*prompt, *response]) for prompt, response in zip(PROMPTS, RESPONSES)]
+    _, raw = rewards(some)
+    for name, folder in folders.items():
+        assert raw[name].tolist() == pytest.approx(scored_alone(folder, some), abs=1e-4)
 
 
 def test_a_reward_adapter_for_another_base_is_refused(

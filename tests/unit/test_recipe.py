@@ -10,7 +10,7 @@ import yaml
 
 from finetune.errors import UserError
 from finetune.recipe import Recipe, load_pipeline, load_recipe, run_recipe
-from finetune.recipe.messages import known_keys
+from finetune.recipe.keys import known_keys
 from finetune.recipe.schema import Adapter, Data, Model, Report, Train
 from finetune.recipe.yaml_text import parse_yaml
 from finetune.stage_table import STAGES

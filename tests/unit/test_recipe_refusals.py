@@ -220,6 +220,11 @@ def test_names_are_no_paths(write: Write, name: str) -> None:
             "it is matmul: set it to true",
         ),
         (
+            ["train.gradient_checkpointing=attention", "model.attention=flex_attention"],
+            "train.gradient_checkpointing",
+            "or model.attention to auto",
+        ),
+        (
             ["train.activation_offloading=true", "train.compile=true"],
             "train.compile",
             "set one of the two to false",
