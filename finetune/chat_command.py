@@ -102,8 +102,14 @@ def load(
 
     if adapter is not None:
         from finetune.adapters.build import check_adapter_folder
+        from finetune.adapters.merge_plan import SCORE_FILE
 
         check_adapter_folder(adapter)
+        if (adapter / SCORE_FILE).is_file():
+            raise UserError(
+                f"{adapter}: the adapter of a reward model, which scores conversations and writes no text",
+                hint="PPO takes it as ppo.reward, `finetune redteam` as --judge reward:ADAPTER",
+            )
     named = isinstance(model, str)
     held = (quantization or trained_quantization(adapter)) if isinstance(model, str) else model.quantization
     settings = Model(base=model, quantization=held) if isinstance(model, str) else model  # type: ignore[arg-type]

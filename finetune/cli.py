@@ -18,7 +18,7 @@ from typer.core import TyperGroup
 from finetune import __version__
 from finetune.cli_options import AdapterFolder, HeldIn, ModelName, SystemMessage, command_group
 from finetune.command_table import COMMANDS, load_command
-from finetune.errors import UserError
+from finetune.errors import UserError, refused_by_system
 
 _DEBUG = "--debug"
 _UsageError: Any = typer.BadParameter.__bases__[0]  # its home differs between versions of typer
@@ -62,6 +62,10 @@ class _Group(TyperGroup):
             if isinstance(error, BrokenPipeError) and _reader_left():
                 os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
                 raise typer.Exit(0) from error
+            refused = refused_by_system(error)
+            if refused is not None:
+                _say(refused.exit_code, str(refused), error if debug else None)
+                raise typer.Exit(refused.exit_code) from error
             summary = f"{type(error).__name__}: {error}".rstrip(": ")
             _say(
                 1,

@@ -17,6 +17,7 @@ OptionalModelName = Annotated[
 AdapterFolder = Annotated[
     Path | None, typer.Option("--adapter", metavar="DIR", help="Adapter to put on the model.")
 ]
+Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace what is there.")]
 SystemMessage = Annotated[str | None, typer.Option("--system", metavar="TEXT", help="System message.")]
 HeldIn = Annotated[
     Literal["none", "int8", "nf4"] | None,

@@ -210,6 +210,12 @@ def _verify(plan: MergePlan, folder: Path, dtypes: Iterable[str], *, progress: b
         return verify_merge(plan, folder, coarsest(dtypes))
 
 
+REWARD_MODEL = (
+    "note: this adapter is a reward model: merged, it is a classifier with one score "
+    "(BaichuanForSequenceClassification), which ppo.reward takes; it writes no text"
+)
+
+
 def merge_summary(folder: Path | str) -> tuple[list[str], list[list[str]]]:
     """What a merge has to say for itself: lines, and a table of its verification (header first, or empty)."""
     from finetune.adapters.merge_record import read_record
@@ -217,7 +223,8 @@ def merge_summary(folder: Path | str) -> tuple[list[str], list[list[str]]]:
     record: dict[str, Any] = read_record(folder)
     verification, settings = record["verification"], record["settings"]
     if "skipped" in verification:
-        return [f"not verified: {verification['skipped']}", *_advice(record, None)], []
+        kind = [REWARD_MODEL] if record.get("reward_model") else []
+        return [*kind, f"not verified: {verification['skipped']}", *_advice(record, None)], []
     rows = [["compared with", "max |Δlogit|", "Δ / spread", "adapter's own Δ", "mean KL", "same next token"]]
     for each in verification["comparisons"]:
         rows.append(

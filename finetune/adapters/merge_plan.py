@@ -286,10 +286,18 @@ def _read_score(adapters: Sequence[SavedAdapter], format: str) -> torch.Tensor |
     """The scalar head beside a reward adapter: merged, it makes a sequence classifier.
 
     Raises:
-        UserError: asked for something that such a model cannot be.
+        UserError: asked for something that such a model cannot be, or it has lost its head.
     """
     from safetensors.torch import load_file
 
+    for each in adapters:
+        rewards = each.note.get("stage") == "reward" or (each.folder / "reward.json").is_file()
+        if rewards and not (each.folder / SCORE_FILE).is_file():
+            raise UserError(
+                f"{each.folder}: the adapter of a reward model without its head: no {SCORE_FILE}",
+                hint="copy the whole adapter/ folder of the run again; without its head it scores nothing, and a "
+                "language model it is not",
+            )
     heads = [each.folder / SCORE_FILE for each in adapters if (each.folder / SCORE_FILE).is_file()]
     if not heads:
         return None

@@ -128,6 +128,8 @@ def write_record(
     }
     if plan.token_ids:
         record["virtual_token_ids"] = list(plan.token_ids)
+    if plan.score is not None:
+        record["reward_model"] = True
     text = json.dumps(record, indent=2, ensure_ascii=False)
     (folder / FILE).write_text(text + "\n", encoding="utf-8")
 

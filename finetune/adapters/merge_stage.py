@@ -92,6 +92,9 @@ def check(recipe: MergeRecipe, *, device: str | None = None) -> None:
         UserError: what would stop the merge.
     """
     from finetune.adapters.build import check_adapter_folder
+    from finetune.adapters.merge import REWARD_MODEL
+    from finetune.adapters.merge_plan import SCORE_FILE
+    from finetune.adapters.verify import promise
     from finetune.baichuan.shards import parse_size
 
     parse_size(recipe.merge.max_shard_size)
@@ -101,5 +104,9 @@ def check(recipe: MergeRecipe, *, device: str | None = None) -> None:
         check_adapter_folder(folder)
     else:
         print(f"note: {recipe.merge.adapter} is not there yet")
+    if (folder / SCORE_FILE).is_file():
+        print(REWARD_MODEL)
+    elif recipe.merge.verify is not False:
+        print(f"verification: {promise()}")
     if Path(recipe.output_dir).exists():
         print(f"note: {recipe.output_dir} exists already")

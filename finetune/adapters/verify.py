@@ -103,6 +103,16 @@ class Verification:
     comparisons: tuple[Comparison, ...]
 
 
+def promise() -> str:
+    """What a merge is held to, for those who ask before it."""
+    listed = ", ".join(f"{bound:.1%} in {name}" for name, bound in TOLERANCE.items())
+    return (
+        "the merged model's logits may differ from those of base and adapter by the rounding of what it is written "
+        f"and computed in (root mean square, of their spread: {listed}), and by at most {LARGEST_LOSS:.0%} of what "
+        "the adapter changes"
+    )
+
+
 def room_to_verify(plan: MergePlan) -> tuple[int, int]:
     """Bytes that verification needs, and that are free on the device it would use."""
     import psutil

@@ -79,6 +79,11 @@ def check_folder(folder: Path) -> None:
             f"{folder / 'config.json'}: model_type is {config.get('model_type')!r}, expected 'baichuan'",
             hint="this toolkit fine-tunes the Baichuan family only",
         )
+    if "BaichuanForSequenceClassification" in (config.get("architectures") or []):
+        raise UserError(
+            f"{folder}: a reward model, which scores conversations and writes no text; expected a language model",
+            hint="PPO takes it as ppo.reward; AutoModelForSequenceClassification loads it",
+        )
     _check_config(config, folder / "config.json")
     for path in find_weight_files(folder):
         check_weight_file(path)

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, BinaryIO
 
 from finetune.baichuan.checkpoints import find_weight_files, read_bin
 from finetune.errors import UserError
-from finetune.sizes import bytes_of
+from finetune.sizes import byte_size, bytes_of
 
 if TYPE_CHECKING:
     import torch
@@ -116,7 +116,7 @@ def check_disk(output: Path, needed: int) -> None:
     free = shutil.disk_usage(parent).free
     if free < needed:
         raise UserError(
-            f"{output}: {needed / 1e9:.1f} GB are needed, {free / 1e9:.1f} GB are free",
+            f"{output}: {byte_size(needed)} are needed, {byte_size(free)} are free",
             hint="free some disk, or write to another one",
         )
 

@@ -18,13 +18,16 @@ _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+(/[\w.-]+)?(:[\w.\[\]%+:-]+)?")
 RowReader = Callable[[], Iterator[Row | BadRow]]
 
 
-def open_source(path: str, resolve: Callable[[str], str] = str) -> list[tuple[str, RowReader]]:
+def open_source(
+    path: str, resolve: Callable[[str], str] = str, *, called: str = "data.train or data.validation"
+) -> list[tuple[str, RowReader]]:
     """The files behind one entry of `data.train` or `data.validation`, each with its reader.
 
     Args:
         path: a file, a folder (all data files below it), a glob pattern, or a hub data set:
             `hub:OWNER/NAME[/CONFIG][:SPLIT]` or just `OWNER/NAME` where no such folder exists.
         resolve: where a path of the recipe points on this machine (Recipe.resolve).
+        called: what the user gave the path as, for messages.
 
     Returns:
         (name for messages, function that yields the rows), in a fixed order.
@@ -33,7 +36,7 @@ def open_source(path: str, resolve: Callable[[str], str] = str) -> list[tuple[st
         UserError: nothing is there.
     """
     if path.startswith(HUB_PREFIX):
-        return [(path, lambda: _read_hub(path))]
+        return [(path, lambda: _read_hub(path, called))]
     place = Path(resolve(path)).expanduser()
     if place.is_dir():
         return _files_in(place, path)
@@ -45,8 +48,8 @@ def open_source(path: str, resolve: Callable[[str], str] = str) -> list[tuple[st
             raise UserError(f"{path}: no file fits the pattern", hint=f"patterns count from {Path.cwd()}")
         return [(file, _reader(Path(file), file)) for file in found]
     if _looks_like_hub_id(path):
-        return [(path, lambda: _read_hub(HUB_PREFIX + path))]
-    raise _missing(path, place)
+        return [(path, lambda: _read_hub(HUB_PREFIX + path, called))]
+    raise _missing(path, place, called)
 
 
 def _reader(path: Path, name: str) -> RowReader:
@@ -81,16 +84,14 @@ def _looks_like_hub_id(path: str) -> bool:
     )
 
 
-def _missing(path: str, place: Path) -> UserError:
+def _missing(path: str, place: Path, called: str) -> UserError:
     beside = [str(file) for file in Path(path).parent.glob("*")] if Path(path).parent.is_dir() else []
     near = difflib.get_close_matches(path, beside, n=1)
     message = f"{path}: no such file, folder or hub data set (looked in {place.absolute().parent})"
-    return UserError(
-        message, hint=f"did you mean {near[0]}?" if near else "correct data.train or data.validation"
-    )
+    return UserError(message, hint=f"did you mean {near[0]}?" if near else f"correct {called}")
 
 
-def _read_hub(path: str) -> Iterator[Row]:
+def _read_hub(path: str, called: str) -> Iterator[Row]:
     """Rows of a hub data set, downloaded or from the local cache.
 
     Raises:
@@ -108,7 +109,7 @@ def _read_hub(path: str) -> Iterator[Row]:
         raise UserError(
             f"{path}: the data set cannot be loaded from the hub: {reason}",
             hint=f"`hf download --repo-type dataset {identity} --local-dir DIR` fetches it where there is a "
-            "network; then set data.train to DIR (or to one of the files in it). "
+            f"network; then give DIR (or one of the files in it) as {called}. "
             "hub:OWNER/NAME/CONFIG:SPLIT names a configuration and a split",
         ) from error
     for number, columns in enumerate(dataset, start=1):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import shutil
 from pathlib import Path
@@ -11,6 +12,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import PrinterCallback, Trainer
 
+from finetune.baichuan.cpu_matmul import fast_matmul
 from finetune.errors import UserError
 from finetune.files import give_usual_modes
 from finetune.train.finite import FiniteGuard
@@ -18,7 +20,7 @@ from finetune.train.run_folder import TRAINABLE_FILE, RunFolder, step_of
 
 
 class NotFinite(UserError):
-    """The loss or the gradient is NaN or infinite; the state before it has been saved."""
+    """The loss or the gradient is NaN or infinite; the state before it has been saved, where it still was there."""
 
 
 class AdapterTraining(Trainer):
@@ -28,7 +30,7 @@ class AdapterTraining(Trainer):
       updates round away).
     - A checkpoint is written beside its place and renamed: complete or absent. It holds every trainable
       parameter, which a saved adapter does not (P-Tuning saves the vectors, not the encoder).
-    - The optimiser never steps on a gradient that is NaN or infinite.
+    - The optimiser never steps on a gradient that is NaN or infinite; where DeepSpeed's may have, nothing is saved.
 
     Attributes:
         tokens_seen: tokens trained on in this process, counted by `compute_loss`.
@@ -45,6 +47,23 @@ class AdapterTraining(Trainer):
         self.tokens_seen: Any = 0  # a tensor on the device once training runs, so that counting needs no sync
         self._guard = FiniteGuard(self)
 
+    def train(self, *args: Any, **kwargs: Any) -> Any:
+        """As in transformers, products by the faster library of a CPU."""
+        with self._fast_matmul():
+            return super().train(*args, **kwargs)
+
+    def compute_loss_context_manager(self) -> Any:
+        """As in transformers; evaluation outside of training multiplies as within it."""
+        contexts = contextlib.ExitStack()
+        contexts.enter_context(self._fast_matmul())
+        contexts.enter_context(super().compute_loss_context_manager())
+        return contexts
+
+    def _fast_matmul(self) -> contextlib.AbstractContextManager[None]:
+        config = self.accelerator.unwrap_model(self.model).config
+        width = config["hidden_size"] if isinstance(config, dict) else config.hidden_size
+        return fast_matmul(width, self.args.device)
+
     def training_step(self, *args: Any, **kwargs: Any) -> torch.Tensor:
         """One micro-batch; remembers whether every loss so far was a number."""
         loss = super().training_step(*args, **kwargs)
@@ -56,7 +75,12 @@ class AdapterTraining(Trainer):
         norm = super()._get_grad_norm(*args, **kwargs)
         if norm is not None and not self.args.fp16:
             whole = norm.full_tensor() if hasattr(norm, "full_tensor") else norm  # FSDP2's is a DTensor
-            self._guard.saw(torch.as_tensor(whole, device=self.args.device))  # DeepSpeed's is a float
+            number = torch.as_tensor(whole, device=self.args.device)
+            # DeepSpeed's is a float, and -1 where the gradient is not a number.
+            self._guard.saw(number.masked_fill(number < 0, torch.nan))
+        if self.is_deepspeed_enabled:  # some versions name a norm all the same, and have stepped by now
+            for _, parameter in self._trainable():
+                self._guard.saw(getattr(parameter, "ds_tensor", parameter).sum())
         return norm
 
     def before_optimizer_step(self) -> None:
@@ -72,7 +96,7 @@ class AdapterTraining(Trainer):
         """Stop if there was a step that would have spoiled the weights; waits for the device.
 
         Raises:
-            NotFinite: after saving the state that the last good step left.
+            NotFinite: after saving the state that the last good step left, unless DeepSpeed has changed it.
         """
         if not self._guard.all_sound():
             self._stop_at_bad_numbers()
@@ -86,9 +110,18 @@ class AdapterTraining(Trainer):
     def _stop_at_bad_numbers(self) -> NoReturn:
         step = self.state.global_step
         self.optimizer.zero_grad(set_to_none=True)
-        if step and not (self.run.checkpoints / f"step-{step}").is_dir():
-            self._save_checkpoint(self.model, None)
-        saved = f"; the state before it is in {self.run.checkpoints / f'step-{step}'}" if step else ""
+        if self.is_deepspeed_enabled:  # its engine steps at the end of accelerate's backward pass
+            last = self.run.last_checkpoint()
+            saved = (
+                f"; DeepSpeed may have taken it by then, the last checkpoint before it is {last or 'none'}"
+            )
+        elif step:
+            state = self.run.checkpoints / f"step-{step}"
+            if not state.is_dir():
+                self._save_checkpoint(self.model, None)
+            saved = f"; the state before it is in {state}"
+        else:
+            saved = ""
         raise NotFinite(
             f"training stopped: the loss or gradient of step {step + 1} is not a number (NaN or infinite){saved}",
             hint="lower train.learning_rate, use model.dtype=bfloat16 instead of float16, and look at the data "
@@ -104,9 +137,14 @@ class AdapterTraining(Trainer):
         return best
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
+        # Parameters twice, as the adapter and as all that is trained, and two moments of each.
+        needed = 4 * sum(p.nbytes for _, p in self._trainable())
+        with self.run.writing(needed) as staging:
+            self._write_checkpoint(model, trial, staging)
+
+    def _write_checkpoint(self, model: Any, trial: Any, staging: Path) -> None:
         step = self.state.global_step
         final = self.run.checkpoints / f"step-{step}"
-        staging = self.run.checkpoints / ".writing"
         if self.args.should_save:
             shutil.rmtree(staging, ignore_errors=True)
         self.accelerator.wait_for_everyone()

@@ -6,8 +6,10 @@ leaves weights and moments as they are where it is set: so the flag goes to the 
 bad step on, and the host reads it when it reads the loss anyway, to log, evaluate or save. By then the host has
 gone on; what it counts itself (step, epoch, learning rate) is put back to where the bad step found it.
 
-bitsandbytes' optimisers, float16's loss scaling, FSDP and ZeRO have no such flag for us: there the host asks before
-each step.
+bitsandbytes' optimisers, float16's loss scaling and FSDP have no such flag for us: there the host asks before each
+step. DeepSpeed's engine steps at the end of accelerate's backward pass, before anyone can ask: there the host asks
+after each step, of the weights too, nothing is saved of a bad one, and the last checkpoint, which a sound one left,
+is what remains.
 """
 
 from __future__ import annotations

@@ -5,13 +5,15 @@ from __future__ import annotations
 import contextlib
 import json
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import yaml
 
 from finetune.errors import UserError
-from finetune.files import write_text
+from finetune.files import check_writable, write_text
+from finetune.sizes import byte_size
 
 if TYPE_CHECKING:
     from finetune.recipe.schema import Recipe, Step
@@ -101,10 +103,11 @@ class RunFolder:
             Whether the folder holds a run, which may be resumed or overwritten.
 
         Raises:
-            UserError: if the folder holds another run, or something that is no run.
+            UserError: if the folder holds another run, or something that is no run, or cannot be written.
         """
         if self.path.exists() and not self.path.is_dir():
             raise UserError(f"output_dir: {self.path} is a file", hint="choose another output_dir")
+        check_writable(self.path, called="output_dir")
         holds_run = (self.path / "recipe.yaml").is_file()
         if not holds_run and self.path.is_dir() and any(self.path.iterdir()):
             raise UserError(
@@ -131,6 +134,32 @@ class RunFolder:
         self.checkpoints.mkdir(parents=True, exist_ok=True)
         write_text(self.path / "recipe.yaml", recipe.dump())
         return checkpoint
+
+    @contextlib.contextmanager
+    def writing(self, needed: int) -> Iterator[Path]:
+        """The folder that a checkpoint is written into, to be renamed when it is whole; removed if that fails.
+
+        Args:
+            needed: bytes of the checkpoint, about.
+
+        Raises:
+            UserError: it failed, and the disk had less than that free. torch and safetensors each raise an
+                error of their own then, so it is not told by its kind.
+        """
+        staging = self.checkpoints / ".writing"
+        try:
+            yield staging
+        except Exception as error:
+            free = shutil.disk_usage(self.path).free
+            shutil.rmtree(staging, ignore_errors=True)
+            if free >= needed:
+                raise
+            kept = any(self.checkpoints.glob("step-*"))
+            raise UserError(
+                f"no space left in {self.path}: a checkpoint takes {byte_size(needed)}, {byte_size(free)} were free",
+                hint=f"free some, then {'continue with --resume' if kept else 'start again'}; "
+                "train.keep_checkpoints says how many are kept",
+            ) from error
 
     def abandon(self) -> None:
         """Leave nothing behind of a run that has taken no step; what is not ours stays."""

@@ -246,3 +246,44 @@ def test_bug_is_told_apart_from_user_error(
     monkeypatch.setattr(runner, "predict", broken)
     with pytest.raises(AssertionError):
         finetune("run", write_recipe(tmp_path, tiny_bases["rope"]), expect=2)
+
+
+@pytest.mark.parametrize("at", [4, 8])
+def test_full_disk_leaves_the_last_checkpoint_and_nothing_half_written(
+    tiny_bases: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, at: int
+) -> None:
+    recipe = write_recipe(tmp_path, tiny_bases["rope"], train={"save_every": 4})
+    run, save = tmp_path / "run", torch.save
+
+    def full(content: Any, file: Any, *args: Any, **kwargs: Any) -> None:
+        """As torch does on a full disk."""
+        save(content, file, *args, **kwargs)
+        if f"checkpoint-{at}" in str(file):
+            raise RuntimeError("unexpected pos 64 vs 0")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(torch, "save", full)
+        patch.setattr(shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(10**9, 10**9, 0))  # type: ignore[attr-defined]
+        output = finetune("run", recipe, expect=2)
+    assert f"no space left in {run}: a checkpoint takes " in output
+    if at == 4:
+        assert "free some, then start again" in output
+        assert not run.exists()
+        return
+    assert "free some, then continue with --resume" in output
+    assert [path.name for path in (run / "checkpoints").iterdir()] == ["step-4"]
+    finetune("run", recipe, "--resume")
+    assert (run / "adapter" / "adapter_model.safetensors").is_file()
+
+
+def test_a_checkpoint_that_fails_for_another_reason_is_no_full_disk(tmp_path: Path) -> None:
+    from finetune.train.run_folder import RunFolder
+
+    def fail() -> None:
+        with RunFolder(tmp_path).writing(1) as staging:
+            (staging / "checkpoint-1").mkdir(parents=True)
+            raise RuntimeError("unexpected pos 64 vs 0")
+
+    with pytest.raises(RuntimeError, match="unexpected pos"):
+        fail()
+    assert not (tmp_path / "checkpoints" / ".writing").exists()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import subprocess
 import sys
@@ -12,6 +13,7 @@ from typing import Any
 
 import pytest
 from fake_stage import RECIPE, call, fake_stage, raise_
+from safetensors import SafetensorError
 
 from finetune.errors import UserError
 
@@ -102,6 +104,78 @@ def test_bug_shows_its_traceback_and_exits_with_1(recipe: str, monkeypatch: pyte
     assert "Traceback" in result.stderr
     assert "error: ZeroDivisionError: by zero" in result.stderr
     assert "bug of the toolkit" in result.stderr
+
+
+@pytest.mark.parametrize(
+    ("error", "message"),
+    [
+        (
+            OSError(errno.EROFS, "Read-only file system", "/mnt/run"),
+            "/mnt/run: Read-only file system\n  → write",
+        ),
+        (OSError(errno.ENOSPC, "No space left on device"), "No space left on device\n  → free some disk"),
+        (
+            PermissionError(errno.EACCES, "Permission denied", "a", None, "b"),
+            "a → b: Permission denied\n  → ",
+        ),
+        (IsADirectoryError(errno.EISDIR, "Is a directory", "out"), "out: Is a directory\n  → name a file"),
+        (NotADirectoryError(errno.ENOTDIR, "Not a directory", "f/x"), "f/x: Not a directory\n  → part of"),
+        (
+            SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)"),
+            "Error while serializing: I/O error: No space left on device (os error 28)\n  → free some disk",
+        ),
+    ],
+)
+def test_what_the_system_refuses_exits_with_2(
+    recipe: str, monkeypatch: pytest.MonkeyPatch, error: Exception, message: str
+) -> None:
+    fake_stage(monkeypatch, raise_(error))
+    result = call("run", recipe)
+    assert result.exit_code == 2
+    assert result.stderr.startswith(f"error: {message}")
+    assert "Traceback" not in result.stderr
+    assert "Traceback" in call("run", recipe, "--debug").stderr
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        FileNotFoundError(errno.ENOENT, "No such file or directory", "x"),
+        OSError(errno.EPERM, "Operation not permitted"),
+        SafetensorError("Error while deserializing file: No such file or directory (os error 2)"),
+    ],
+)
+def test_other_errors_of_the_system_are_bugs(
+    recipe: str, monkeypatch: pytest.MonkeyPatch, error: Exception
+) -> None:
+    fake_stage(monkeypatch, raise_(error))
+    result = call("run", recipe)
+    assert result.exit_code == 1
+    assert "bug of the toolkit" in result.stderr
+
+
+@pytest.mark.parametrize("command", ["run", "check"])
+@pytest.mark.parametrize("cause", ["file", "read-only", "denied"])
+def test_an_output_dir_that_cannot_be_made_is_found_first(
+    recipe: str, monkeypatch: pytest.MonkeyPatch, command: str, cause: str
+) -> None:
+    folder = Path(recipe).absolute().parent
+    output = folder / "new" / "run"
+    if cause == "file":
+        (folder / "new").write_text("")
+        said = f"{folder / 'new'} is a file, not a folder"
+    else:  # whoever is root may write everywhere
+        flags = os.ST_RDONLY if cause == "read-only" else 0
+        monkeypatch.setattr(os, "access", lambda path, mode: Path(path) != folder)
+        monkeypatch.setattr(os, "statvfs", lambda path: os.statvfs_result((0,) * 8 + (flags, 255)))
+        said = f"{folder}: {'Read-only file system' if flags else 'Permission denied'}"
+    before = sorted(folder.iterdir())
+    result = call(command, recipe, f"output_dir={output}")
+    assert result.exit_code == 2, result.output
+    assert result.stderr == (
+        f"error: output_dir: {output} cannot be written ({said})\n  → choose another output_dir\n"
+    )
+    assert sorted(folder.iterdir()) == before
 
 
 def test_interrupt_exits_with_130_and_names_the_checkpoint(

@@ -274,7 +274,7 @@ def test_adapter_instead_of_a_model(tmp_path: Path) -> None:
 def test_full_disk(tiny_bases: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     usage = shutil._ntuple_diskusage(10**9, 10**9 - 5000, 5000)  # type: ignore[attr-defined]
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage)
-    assert "GB are needed, 0.0 GB are free" in refusal(
+    assert "iB are needed, 4.88 KiB are free" in refusal(
         tiny_bases["rope"], tmp_path / "out", "--format", "nf4"
     )
 

@@ -380,7 +380,7 @@ def test_base_of_another_shape(adapter: Path, tmp_path: Path) -> None:
 def test_full_disk(adapter: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     usage = shutil._ntuple_diskusage(10**9, 10**9 - 5000, 5000)  # type: ignore[attr-defined]
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage)
-    assert "GB are needed, 0.0 GB are free" in refusal(adapter, tmp_path / "out")
+    assert "1.19 MiB are needed, 4.88 KiB are free" in refusal(adapter, tmp_path / "out")
 
 
 def test_damaged_adapters(adapter: Path, tmp_path: Path) -> None:

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 from tiny_model import tiny_model
+from tiny_run import finetune
 
 from finetune.adapters.build import attach_adapter, save_adapter
 from finetune.baichuan import BaichuanForSequenceClassification
@@ -196,6 +197,44 @@ def test_merged_it_is_a_sequence_classifier(tiny_bases: dict[str, Path], tmp_pat
     assert json.loads((merged / "reward.json").read_text(encoding="utf-8"))["mean"] == INFO.mean
     with pytest.raises(UserError, match="Llama's layout has no scalar head"):
         merge_adapter(tmp_path / "adapter", tmp_path / "llama", format="llama")
+
+
+def test_a_reward_model_is_told_from_a_language_model(tiny_bases: dict[str, Path], tmp_path: Path) -> None:
+    """Merged it is one still, which is said, and nobody takes it, or its adapter, for something that talks."""
+    from test_ppo_parts import write_reward
+
+    adapter, merged = write_reward(tmp_path / "adapter", tiny_bases["rope"]), tmp_path / "merged"
+    output = finetune("merge", "--adapter", adapter, "--output", merged, "--no-verify")
+    assert "this adapter is a reward model: merged, it is a classifier with one score" in output
+    recipe = tmp_path / "merge.yaml"
+    recipe.write_text(f"stage: merge\nmerge: {{adapter: {adapter}}}\noutput_dir: {tmp_path / 'other'}\n")
+    assert "this adapter is a reward model" in finetune("check", recipe)
+    for command in (
+        ["chat", "--prompt", "你好"],
+        ["export", "--output", tmp_path / "out", "--format", "llama"],
+    ):
+        output = finetune(*command, "--model", merged, expect=2)
+        assert "a reward model, which scores conversations and writes no text" in output
+    talk = ("chat", "--prompt", "你好", "--model", tiny_bases["rope"])
+    assert "the adapter of a reward model" in finetune(*talk, "--adapter", adapter, expect=2)
+
+
+@pytest.mark.parametrize("left", ["reward.json", "training.json"])
+def test_a_reward_model_without_its_head_is_not_merged(
+    tiny_bases: dict[str, Path], tmp_path: Path, left: str
+) -> None:
+    from test_ppo_parts import write_reward
+
+    from finetune.adapters.training_note import write_training_note
+
+    adapter = write_reward(tmp_path / "adapter", tiny_bases["rope"])
+    (adapter / "score.safetensors").unlink()
+    if left == "training.json":
+        (adapter / "reward.json").unlink()
+        write_training_note(adapter, stage="reward")
+    output = finetune("merge", "--adapter", adapter, "--output", tmp_path / "headless", expect=2)
+    assert "a reward model without its head: no score.safetensors" in output
+    assert not (tmp_path / "headless").exists()
 
 
 def test_info_comes_back(folder: Path, tmp_path: Path) -> None:
