@@ -9,7 +9,9 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from finetune.cli_options import AdapterFolder, command_group, with_options
+from finetune.cli_options import AdapterFolder, Overwrite, command_group, with_options
+from finetune.errors import UserError
+from finetune.files import check_free
 
 if TYPE_CHECKING:
     from rlhf.taxonomy.classifier import Prediction
@@ -76,12 +78,15 @@ def classify(
     output: Annotated[
         Path | None, typer.Option(metavar="JSONL", help="Write prompt and category of each row here.")
     ] = None,
+    overwrite: Overwrite = False,
     *,
     how: Classification,
 ) -> None:
     """Find the category of each prompt."""
     from rlhf.taxonomy.commands import show_classes, write_classes
 
+    if output:
+        check_free(output, overwrite=overwrite, others=_read(file, how))
     found, taxonomy, predictions = _classified(file, how)
     if output:
         write_classes(output, found, predictions)
@@ -113,20 +118,27 @@ def coverage(
     output: Annotated[
         Path | None,
         typer.Option(
-            metavar="HTML", help="Page to write; by default FILE.coverage.html in the current folder."
+            metavar="HTML",
+            help="Page to write, in place of the last one; by default FILE.coverage.html in the current folder.",
         ),
     ] = None,
     json_output: Annotated[
         Path | None, typer.Option("--json", metavar="JSON", help="Write the numbers here too.")
     ] = None,
+    overwrite: Overwrite = False,
     *,
     how: Classification,
 ) -> None:
-    """Show how prompts are spread over the categories, as a table and a page."""
-    from rlhf.taxonomy.commands import show_coverage
+    """Show how prompts are spread over the categories, as a table and as a page, whose path is printed last."""
+    from rlhf.taxonomy.commands import coverage_page, show_coverage
+    from rlhf.taxonomy.page import MARK
 
+    page, read = output or coverage_page(file), _read(file, how)
+    check_free(page, overwrite=overwrite, others=read, page=MARK)
+    if json_output:
+        check_free(json_output, overwrite=overwrite, called="--json", others=[*read, page])
     found, taxonomy, predictions = _classified(file, how)
-    page = show_coverage(found, taxonomy, predictions, output, json_output)
+    show_coverage(found, taxonomy, predictions, page, json_output)
     typer.echo(f"page: {page}")
 
 
@@ -141,18 +153,47 @@ def sample(
         SampleMethod, typer.Option(help="Even shares, or rows to the power of --temperature.")
     ] = SampleMethod.quota,
     temperature: Annotated[
-        float, typer.Option(min=0.0, max=1.0, help="0 is the same for all categories, 1 leaves the mix.")
-    ] = 0.3,
+        float | None,
+        typer.Option(
+            min=0.0, max=1.0, help="0 is the same for all categories, 1 leaves the mix; 0.3 by default."
+        ),
+    ] = None,
+    overwrite: Overwrite = False,
     *,
     how: Classification,
 ) -> None:
     """Draw a sample that is balanced over the categories and free of near-duplicates."""
     from rlhf.taxonomy.commands import write_sample
+    from rlhf.taxonomy.sampling import TEMPERATURE
 
+    if temperature is not None and method is not SampleMethod.temperature:
+        raise UserError(
+            f"--temperature: would have no effect with --method {method.value}",
+            hint="leave it out, or pass --method temperature",
+        )
+    check_free(output, overwrite=overwrite, others=_read(file, how))
     found, _, predictions = _classified(file, how)
     write_sample(
-        found, predictions, output, size=size, seed=seed, method=method.value, temperature=temperature
+        found,
+        predictions,
+        output,
+        size=size,
+        seed=seed,
+        method=method.value,
+        temperature=TEMPERATURE if temperature is None else temperature,
     )
+
+
+def _read(file: str, how: Classification) -> list[Path]:
+    """The files that a command reads.
+
+    Raises:
+        UserError: nothing is there.
+    """
+    from finetune.data.sources import open_source
+
+    data = [Path(name) for name, _ in open_source(file, called="FILE")]
+    return [*data, *(how.overlay or []), *([how.labelled] if how.labelled else [])]
 
 
 def _classified(file: str, how: Classification) -> tuple[PromptFile, Taxonomy, list[Prediction]]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -34,7 +35,7 @@ def predict(
     if model is None:
         if adapter:
             raise UserError("--adapter: expected --model with it, found none")
-        pairs = read_labelled(labelled, taxonomy) if labelled else []
+        pairs = read_labelled(labelled, taxonomy, called="--labelled") if labelled else []
         return PromptClassifier(taxonomy, pairs).predict(prompts, threshold=threshold)
     if labelled:
         raise UserError("--labelled and --model exclude each other: the language model is not trained here")
@@ -120,24 +121,26 @@ def show_coverage(
     found: PromptFile,
     taxonomy: Taxonomy,
     predictions: Sequence[Prediction],
-    output: Path | None,
+    page: Path,
     json_output: Path | None,
-) -> Path:
-    """Print the table and write the page.
-
-    Returns:
-        Where the page is.
-    """
+) -> None:
+    """Print the table and write the page, and the numbers where a file is named for them."""
     from rlhf.taxonomy.coverage import measure
     from rlhf.taxonomy.page import render
 
     result = measure(found.name, found.prompts, predictions, taxonomy)
     _print_coverage(result)
-    page = output or Path(f"{Path(found.name.rstrip('/')).name}.coverage.html")
     _write(page, render(result))
     if json_output:
         _write(json_output, json.dumps(result.as_dict(), ensure_ascii=False, indent=1) + "\n")
-    return page
+        print(f"numbers: {json_output}")
+
+
+def coverage_page(source: str) -> Path:
+    """Where the page goes by default: a file's, folder's, pattern's or hub data set's own name, made plain."""
+    path = Path(source)
+    name = re.sub(r"[^\w.-]+", "_", (path.resolve() if path.exists() else path).name)
+    return Path(f"{name}.coverage.html")
 
 
 def _print_coverage(result: Coverage) -> None:

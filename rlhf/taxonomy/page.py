@@ -13,6 +13,9 @@ from rlhf.taxonomy.coverage import CategoryCoverage, Coverage
 from rlhf.taxonomy.tree import ancestor
 from rlhf.taxonomy.treemap import Rect, squarify
 
+MARK = "· prompt coverage</title>"
+"""In the head of every coverage page."""
+
 TEMPLATES = Path(__file__).resolve().parent / "templates"
 MAP = Rect(0, 0, 1056, 620)
 HAN, LATIN = 12.0, 6.6

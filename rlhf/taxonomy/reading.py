@@ -55,8 +55,12 @@ class PromptFile:
         return f"{len(self.without):,} of {rows} without a prompt: {first}"
 
 
-def read_prompts(path: str | Path) -> PromptFile:
+def read_prompts(path: str | Path, *, called: str = "FILE") -> PromptFile:
     """The prompts of a data file in any layout that training reads, or with a column of bare prompts.
+
+    Args:
+        path: file, folder, pattern or hub data set.
+        called: what the user gave it as, for messages.
 
     Raises:
         UserError: the file is missing, empty or unreadable, or no row has a prompt.
@@ -64,8 +68,10 @@ def read_prompts(path: str | Path) -> PromptFile:
     name = str(path)
     rows: list[PromptRow] = []
     without: list[BadRow] = []
-    for _, read in open_source(name):
+    readable = False
+    for _, read in open_source(name, called=called):
         for row in read():
+            readable |= isinstance(row, Row)
             prompt = prompt_of(row.columns) if isinstance(row, Row) else None
             if isinstance(row, Row) and prompt is not None:
                 rows.append(PromptRow(row, prompt))
@@ -73,9 +79,10 @@ def read_prompts(path: str | Path) -> PromptFile:
                 without.append(row if isinstance(row, BadRow) else BadRow(row.location, _reason(row)))
     if not rows:
         listed = "".join(f"\n  {row}" for row in without[:SHOWN])
+        expected = f"expected turns in {', '.join(TURNS)}, or text in one of {', '.join(TEXTS)}"
         raise UserError(
             f"{name}: no row has a prompt{listed}",
-            hint=f"expected turns in {', '.join(TURNS)}, or text in one of {', '.join(TEXTS)}",
+            hint=expected if readable else "none can be read: mend these rows, or save the file again",
         )
     return PromptFile(name, rows, without)
 
@@ -114,13 +121,13 @@ def _reason(row: Row) -> str:
     return f"columns {', '.join(map(repr, list(row.columns)[:6])) or 'none'}, and no question in them"
 
 
-def read_labelled(path: str | Path, taxonomy: Taxonomy) -> list[tuple[str, str]]:
-    """(prompt, category id) of each row of a labelled file: a prompt, and a column `category`.
+def read_labelled(path: str | Path, taxonomy: Taxonomy, *, called: str = "FILE") -> list[tuple[str, str]]:
+    """(prompt, category id) of each row of a labelled file: a prompt, and a column `category`; see `read_prompts`.
 
     Raises:
         UserError: as `read_prompts`; or a category is missing or does not exist.
     """
-    found = read_prompts(path)
+    found = read_prompts(path, called=called)
     if found.without:
         raise UserError(f"{found.without[0]}", hint="every row of a labelled file needs a prompt")
     return [

@@ -117,8 +117,33 @@ def test_sample_writes_rows_unchanged(data: str) -> None:
     assert "100.0 %" in result.stdout
     assert "1 near-duplicate left out" in result.stdout
     first = Path("s.jsonl").read_bytes()
-    assert call("sample", data, "--size", "4", "--output", "s.jsonl", "--seed", "3").exit_code == 0
+    again = call("sample", data, "--size", "4", "--output", "s.jsonl", "--seed", "3", "--overwrite")
+    assert again.exit_code == 0, again.output
     assert Path("s.jsonl").read_bytes() == first
+
+
+@pytest.mark.parametrize("command", [["sample", "data.jsonl", "--size", "2"], ["classify", "data.jsonl"]])
+@pytest.mark.parametrize(
+    ("output", "part"),
+    [
+        ("old.jsonl", "old.jsonl: is there already\n  → choose another --output, or pass --overwrite"),
+        ("data.jsonl", "data.jsonl: this command itself reads or writes this file"),
+        ("folder", "folder: is a folder, expected a file"),
+    ],
+)
+def test_what_is_there_is_not_replaced_silently(
+    data: str, command: list[str], output: str, part: str
+) -> None:
+    Path("old.jsonl").write_text("precious\n")
+    Path("folder").mkdir()
+    before = Path(data).read_text()
+    result = call(*command, "--output", output)
+    assert result.exit_code == 2, result.output
+    assert part in result.stderr
+    assert Path("old.jsonl").read_text() == "precious\n"
+    assert Path(data).read_text() == before
+    assert call(*command, "--output", "old.jsonl", "--overwrite").exit_code == 0
+    assert "precious" not in Path("old.jsonl").read_text()
 
 
 def test_a_sample_larger_than_the_file_says_so(data: str) -> None:
@@ -131,7 +156,7 @@ def test_coverage_writes_table_page_and_numbers(data: str) -> None:
     result = call("coverage", data, "--json", "c.json")
     assert result.exit_code == 0, result.output
     assert "8 prompts, of them 1 near-duplicate of another" in result.stdout
-    assert result.stdout.splitlines()[-1] == "page: data.jsonl.coverage.html"
+    assert result.stdout.splitlines()[-2:] == ["numbers: c.json", "page: data.jsonl.coverage.html"]
     numbers = json.loads(Path("c.json").read_text())
     secondary = {each["id"]: each for each in numbers["tiers"][1]["categories"]}
     assert {key: each["rows"] for key, each in secondary.items() if each["rows"]} == {
@@ -142,6 +167,68 @@ def test_coverage_writes_table_page_and_numbers(data: str) -> None:
     assert secondary["2.01"]["near_duplicates"] == 1
     assert numbers["tiers"][1]["entropy"] == pytest.approx(1.2988, abs=1e-4)
     assert len(numbers["tiers"][1]["empty"]) == 27
+
+
+@pytest.mark.parametrize("source", ["data.jsonl", ".", "*.jsonl"])
+@pytest.mark.parametrize("option", ["--output", "--json"])
+def test_no_option_replaces_what_is_read(data: str, source: str, option: str) -> None:
+    before = Path(data).read_text()
+    for command in (["coverage"], ["sample", "--size", "2", "--output", "s.jsonl"], ["classify"]):
+        if command != ["coverage"] and option == "--json":
+            continue
+        result = call(command[0], source, *command[1:], option, data, "--overwrite")
+        assert result.exit_code == 2, result.output
+        assert f"data.jsonl: this command itself reads or writes this file, so it cannot be {option}" in (
+            result.stderr
+        )
+        assert result.stdout == ""
+        assert Path(data).read_text() == before
+    assert [path.name for path in Path().iterdir()] == [data]
+
+
+def test_coverage_replaces_its_own_page_and_nothing_else_unasked(data: str) -> None:
+    page = Path("data.jsonl.coverage.html")
+    for _ in range(2):  # the second time there is a page
+        assert call("coverage", data).exit_code == 0
+    foreign = {"notes.html": "<!doctype html><title>mine</title>", "old.json": "{}", page.name: "mine"}
+    for name, text in foreign.items():
+        Path(name).write_text(text)
+    for options in (["--output", "notes.html"], ["--json", "old.json", "--output", "new.html"], []):
+        result = call("coverage", data, *options)
+        assert result.exit_code == 2, result.output
+        assert "is there already" in result.stderr
+        assert "pass --overwrite" in result.stderr
+        assert result.stdout == ""
+    assert {name: Path(name).read_text() for name in foreign} == foreign
+    assert not Path("new.html").exists()
+    assert call("coverage", data, "--json", "old.json", "--overwrite").exit_code == 0
+    assert json.loads(Path("old.json").read_text())["rows"] == 8
+    same = call("coverage", data, "--output", "x", "--json", "./x")
+    assert same.exit_code == 2
+    assert "it cannot be --json, too" in same.stderr
+
+
+def test_an_output_below_a_file_is_refused_before_any_work(data: str) -> None:
+    result = call("coverage", data, "--output", "data.jsonl/page.html")
+    assert result.exit_code == 2
+    assert "data.jsonl is a file, not a folder" in result.stderr
+    assert result.stdout == ""
+
+
+@pytest.mark.parametrize(
+    ("source", "page"),
+    [(".", "here.coverage.html"), ("*.jsonl", "_.jsonl.coverage.html"), ("../here", "here.coverage.html")],
+)
+def test_the_page_of_whatever_source_has_a_plain_name(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, source: str, page: str
+) -> None:
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    Path("ask.jsonl").write_text('{"prompt": "在吗"}\n')
+    result = call("coverage", source)
+    assert result.exit_code == 0, result.output
+    assert result.stdout.splitlines()[-1] == f"page: {page}"
+    assert Path(page).is_file()
 
 
 class Page(HTMLParser):
@@ -185,7 +272,12 @@ def test_page_is_self_contained_and_escapes() -> None:
 @pytest.mark.parametrize(
     ("args", "part"),
     [
-        (["classify", "gone.jsonl"], "gone.jsonl: no such file"),
+        (["classify", "nowhere/at-all.jsonl"], "no such file, folder or hub data set"),
+        (["classify", "nowhere/at-all.jsonl"], "  → correct FILE\n"),
+        (["evaluate", "nowhere/at-all.jsonl"], "  → correct FILE\n"),
+        (["classify", "ask.jsonl", "--labelled", "nowhere/at-all.jsonl"], "  → correct --labelled\n"),
+        (["classify", "hub:nobody/nothing"], "then give DIR (or one of the files in it) as FILE."),
+        (["classify", "broken.jsonl"], "  → none can be read: mend these rows"),
         (["classify", "empty.jsonl"], "empty.jsonl: the file is empty"),
         (["coverage", "other.jsonl"], "other.jsonl: no row has a prompt"),
         (["classify", "ask.jsonl", "--overlay", "gone.yaml"], "gone.yaml: cannot be read"),
@@ -195,14 +287,21 @@ def test_page_is_self_contained_and_escapes() -> None:
         (["evaluate", "bad.jsonl"], "bad.jsonl:1: there is no category '9.99'"),
         (["sample", "ask.jsonl", "--size", "0", "--output", "s.jsonl"], "--size"),
         (["sample", "ask.jsonl", "--size", "1", "--output", "ask.jsonl/s.jsonl"], "cannot be written"),
+        (
+            ["sample", "ask.jsonl", "--size", "1", "--output", "s.jsonl", "--temperature", "0.3"],
+            "--temperature: would have no effect with --method quota",
+        ),
     ],
 )
-def test_bad_input_is_named(args: list[str], part: str) -> None:
+def test_bad_input_is_named(args: list[str], part: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("datasets.load_dataset", lambda *_, **__: {}["no hub"])
     Path("empty.jsonl").write_text("")
     Path("other.jsonl").write_text('{"a": 1}\n')
+    Path("broken.jsonl").write_text('{"prompt": "在吗"\n')
     Path("ask.jsonl").write_text('{"prompt": "在吗"}\n')
     Path("bad.jsonl").write_text('{"prompt": "在吗", "category": "9.99"}\n')
     result = call(*args)
     assert result.exit_code == 2, result.output
     assert part in result.stderr
+    assert "data.train" not in result.stderr
     assert "Traceback" not in result.stderr
