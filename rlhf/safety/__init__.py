@@ -17,3 +17,12 @@ them, and unsafe sample answers agree to do something without saying anything th
 
 SHIPPED_JUDGE = "learned"
 """The judge that is asked by default, for `rlhf.safety.judges.load_judge`."""
+
+RESULT_FILE = "redteam.json"
+"""What red-teaming found, in the folder of a run."""
+
+RULES_JUDGE = "rules"
+REWARD_PREFIX = "reward:"
+
+JUDGE_NAMES = f"{SHIPPED_JUDGE}, {RULES_JUDGE}, {REWARD_PREFIX}ADAPTER or package.module:function"
+"""What names a judge, for messages."""

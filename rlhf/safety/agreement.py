@@ -12,8 +12,7 @@ from pathlib import Path
 from finetune.data.reading import read_rows
 from finetune.data.records import BadRow
 from finetune.errors import UserError
-from rlhf.safety.judges import LABELS, Exchange, Judge
-from rlhf.safety.rules import Refusal
+from rlhf.safety.judges import LABELS, Exchange, Judge, Refusal
 from rlhf.safety.taxonomy import DATA
 
 JUDGED_FILE = DATA / "judged.jsonl"

@@ -129,7 +129,9 @@ def read_answered(path: str, resolve: Callable[[str], str] = str) -> list[Answer
     from rlhf.preferences.loading import load_source as load_preferences
 
     source = Source(path=path)
-    first = next((row for _, read in open_source(path, resolve) for row in read()), None)
+    first = next(
+        (row for _, read in open_source(path, resolve, called="aim.ordinary") for row in read()), None
+    )
     if first is None or isinstance(first, BadRow) or layout_of(first.columns) is None:
         conversations = load_conversations(source, stage="sft", resolve=resolve)
         refuse_bad_rows([r for f in conversations for r in f.bad_rows], sum(f.rows for f in conversations))

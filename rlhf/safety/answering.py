@@ -17,6 +17,9 @@ if TYPE_CHECKING:
 MAX_NEW_TOKENS = 128
 BATCH_SIZE = 16
 
+OPTIONS_HINT = "lower --batch-size or --max-new-tokens, or hold the base in 4 bits with --quantization nf4"
+RECIPE_HINT = "lower redteam.batch_size or redteam.max_new_tokens, or set model.quantization=nf4"
+
 
 @contextmanager
 def opened_model(model: str | Model, adapter: Path | None, *, quantization: str) -> Iterator[tuple[Any, Any]]:
@@ -34,10 +37,8 @@ def opened_model(model: str | Model, adapter: Path | None, *, quantization: str)
     try:
         yield load(model, adapter, quantization=quantization)
     except torch.OutOfMemoryError as error:
-        raise UserError(
-            f"the GPU is out of memory with {model if isinstance(model, str) else model.base}",
-            hint="lower --batch-size or --max-new-tokens, or hold the base in 4 bits with --quantization nf4",
-        ) from error
+        name, hint = (model, OPTIONS_HINT) if isinstance(model, str) else (model.base, RECIPE_HINT)
+        raise UserError(f"the GPU is out of memory with {name}", hint=hint) from error
 
 
 def with_system(prompt: AttackPrompt, system: str | None) -> list[dict[str, str]]:

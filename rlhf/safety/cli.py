@@ -12,6 +12,7 @@ from finetune.cli_options import (
     AdapterFolder,
     HeldIn,
     OptionalModelName,
+    Overwrite,
     SystemMessage,
     command_group,
     with_options,
@@ -32,21 +33,32 @@ JudgeName = Annotated[
     str,
     typer.Option(
         "--judge",
-        help="learned, rules, reward:ADAPTER (a harmlessness reward model) or package.module:function.",
+        help="learned, rules, reward:ADAPTER (a harmlessness reward model of the attacked base; with --answers, of "
+        "any base) or package.module:function.",
     ),
 ]
 Threshold = Annotated[
     float | None,
     typer.Option(
         metavar="X",
-        help="reward:ADAPTER: safe above so many deviations over the mean of held-out responses; 0 by default.",
+        help="learned: confidence below which an answer is unjudged, 0.4 by default; reward:ADAPTER: safe above so "
+        "many deviations over the mean of held-out responses, 0 by default.",
+    ),
+]
+AtLeast = Annotated[
+    float | None,
+    typer.Option(
+        "--at-least",
+        metavar="SHARE",
+        min=0.0,
+        max=1.0,
+        help="Exit with 2, everything written, where a smaller share of the answers is safe, such as 0.9.",
     ),
 ]
 Answers = Annotated[
     Path | None,
     typer.Option(metavar="FILE", help="Judge the answers that an earlier run left, generate none."),
 ]
-Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace what is there.")]
 
 
 @dataclass(frozen=True)
@@ -118,6 +130,7 @@ def redteam(
     who: Asking,
     judge: JudgeName = SHIPPED_JUDGE,
     threshold: Threshold = None,
+    at_least: AtLeast = None,
     output: Annotated[Path, typer.Option(metavar="DIR", help="Folder to write into.")] = Path("runs/redteam"),
     benign: Annotated[bool, typer.Option("--benign/--no-benign", help="Measure over-refusal, too.")] = True,
     system: SystemMessage = None,
@@ -128,6 +141,7 @@ def redteam(
     if context.invoked_subcommand is not None:
         return
     from rlhf.safety.redteam import REPORT_FILE, judge_again, red_team
+    from rlhf.safety.summary import shortfall
 
     if answers is not None:
         who.refuse_with_answers(system=system, no_benign=not benign)
@@ -154,6 +168,9 @@ def redteam(
         )
     typer.echo("\n".join(summary_lines(result)))
     typer.echo(f"report: {output / REPORT_FILE}")
+    below = shortfall(result, at_least, "--at-least")
+    if below:
+        raise UserError(f"{output}: {below}", hint=f"see {output / REPORT_FILE}, or ask for less")
 
 
 @app.command()
@@ -186,7 +203,13 @@ def sample(
     if answers is not None:
         who.refuse_with_answers(system=system, temperature=temperature, overlay=who.overlay)
         tally = rank_again(
-            answers, output, judge=judge, threshold=threshold, model=who.model, overwrite=overwrite
+            answers,
+            output,
+            judge=judge,
+            threshold=threshold,
+            model=who.model,
+            batch_size=who.batch_size,
+            overwrite=overwrite,
         )
     else:
         tally = sample_preferences(
@@ -210,11 +233,12 @@ def compare(
     output: Annotated[
         Path | None, typer.Option(metavar="FILE", help="HTML file; compare.html in B by default.")
     ] = None,
+    overwrite: Overwrite = False,
 ) -> None:
     """Two runs side by side: rates, heat maps, what changed."""
     from rlhf.safety.redteam import compare_runs
 
-    page, lines = compare_runs(before, after, output)
+    page, lines = compare_runs(before, after, output, overwrite=overwrite)
     typer.echo("\n".join(lines))
     typer.echo(f"report: {page}")
 
@@ -238,7 +262,7 @@ def judges(
         safety_agreement,
     )
     from rlhf.safety.judges import load_judge
-    from rlhf.safety.learned import cross_validated, refusals_by_learning
+    from rlhf.safety.learned import SURE, cross_validated, refusals_by_learning
 
     asked = load_judge(judge, model=model, threshold=threshold)
     if file is not None:
@@ -255,7 +279,7 @@ def judges(
     known = labelled_answers()
     if judge == SHIPPED_JUDGE:
         typer.echo("the others, each judged by a model that did not learn from its prompt")
-        asked = cross_validated()
+        asked = cross_validated(sure=SURE if threshold is None else threshold)
     else:
         typer.echo("the others")
     typer.echo(safety_agreement(asked, known).table())

@@ -41,10 +41,15 @@ def read_kept(path: Path, version: int, keys: Sequence[str], row_keys: Sequence[
     Raises:
         UserError: no such file, or one without answers.
     """
-    if not path.is_file():
-        raise UserError(f"{path}: no such file", hint="give the file of answers that an earlier run left")
-    content = read_json(path)
     hint = "give the file of answers that an earlier run of the same command left"
+    if path.is_dir():
+        found = sorted(path.glob(f"*{KEPT_FILE}"))
+        raise UserError(
+            f"{path}: is a folder, expected a file of answers", hint=f"give {found[0]}" if found else hint
+        )
+    if not path.is_file():
+        raise UserError(f"{path}: no such file", hint=hint)
+    content = read_json(path, hint=f"repair it, {hint}, or have the model answer again without --answers")
     if content.get("format_version") != version:
         raise UserError(
             f"{path}: expected answers of format {version}, found {content.get('format_version')!r}",

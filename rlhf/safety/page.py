@@ -22,6 +22,8 @@ MAP_ASIDE = (
     "a square for its counts."
 )
 
+COMPARISON_TITLE = "Red team, before and after"
+
 
 @dataclass(frozen=True)
 class Cell:
@@ -76,7 +78,7 @@ def render_comparison(before: dict[str, Any], after: dict[str, Any]) -> str:
     changes = compare_answers(before["answers"], after["answers"])
     return _page(
         "compare.html.j2",
-        title="Red team, before and after",
+        title=COMPARISON_TITLE,
         subtitle=f"{subtitle(before)}  →  {subtitle(after)}",
         notices=[
             *comparison_notices(before, after, changes),

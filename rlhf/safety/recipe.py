@@ -3,12 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import ClassVar
 
 from pydantic import Field
 
 from finetune.recipe.combinations import Problem
 from finetune.recipe.schema import Model, Section, Step, Text
-from rlhf.safety import SHIPPED_JUDGE
+from finetune.user_functions import is_function
+from rlhf.safety import JUDGE_NAMES, RESULT_FILE, REWARD_PREFIX, RULES_JUDGE, SHIPPED_JUDGE
+
+
+def _result_files(named: str) -> list[str]:
+    """The files that may hold a result: it is named itself, or its folder is."""
+    return [named, f"{named}/{RESULT_FILE}"]
 
 
 class AttackedModel(Model):
@@ -25,7 +32,22 @@ class RedTeam(Section):
     prompts: str | None = Field(
         default=None, min_length=1, description="file of attack prompts; null is the shipped evaluation set"
     )
-    judge: Text = Field(default=SHIPPED_JUDGE, description="who judges the answers to attacks")
+    judge: Text = Field(
+        default=SHIPPED_JUDGE,
+        description=f"who judges the answers to attacks: {JUDGE_NAMES}; ADAPTER is a reward model of model.base",
+    )
+    threshold: float | None = Field(
+        default=None,
+        description="learned: confidence below which an answer is unjudged, null is 0.4; reward:ADAPTER: safe above "
+        "so many deviations over the mean of held-out responses, null is 0",
+    )
+    at_least: float | None = Field(
+        default=None,
+        ge=0,
+        le=1,
+        description="stop with an error, everything written, where a smaller share of the answers to attacks is "
+        "safe; null never does",
+    )
     limit: int | None = Field(
         default=None,
         ge=1,
@@ -47,12 +69,45 @@ class RedTeam(Section):
 class RedTeamRecipe(Step):
     """Stage redteam: attack a model, judge its answers, and compare with an earlier result."""
 
+    changeable: ClassVar[frozenset[str]] = frozenset({"redteam.at_least"})
+
     model: AttackedModel
     redteam: RedTeam = Field(default_factory=RedTeam)
 
+    def held_to(self) -> list[str]:
+        """The gate."""
+        share = self.redteam.at_least
+        if share is None:
+            return []
+        return [f"redteam: at least {share:.1%} of the answers to attacks have to be safe"]
+
     def input_files(self) -> list[str]:
-        """The prompts, where they are the user's, and what extends the taxonomy."""
-        return [*([self.redteam.prompts] if self.redteam.prompts else []), *self.redteam.overlays]
+        """The prompts, where they are the user's, what extends the taxonomy, and the result to compare with."""
+        settings = self.redteam
+        prompts = [settings.prompts] if settings.prompts else []
+        return [*prompts, *settings.overlays, *(_result_files(settings.compare) if settings.compare else [])]
+
+    def user_functions(self) -> list[tuple[str, str]]:
+        """The judge, if it is a function."""
+        judge = self.redteam.judge
+        named = judge.startswith(REWARD_PREFIX)
+        return [("redteam.judge", judge)] if is_function(judge) and not named else []
+
+    def problems(self) -> list[Problem]:
+        """Judges that there are not, and thresholds that they do not take."""
+        return [*super().problems(), *self._judge_problems()]
+
+    def _judge_problems(self) -> Iterator[Problem]:
+        judge, threshold = self.redteam.judge, self.redteam.threshold
+        named = judge in (SHIPPED_JUDGE, RULES_JUDGE) or judge.startswith(REWARD_PREFIX)
+        if not named and not is_function(judge):
+            yield "redteam.judge", f"expected {JUDGE_NAMES}, found {judge}"
+        if threshold is None or judge.startswith(REWARD_PREFIX):
+            return
+        if judge != SHIPPED_JUDGE:
+            yield "redteam.threshold", f"has no effect with redteam.judge {judge}: remove it"
+        elif not 0 <= threshold <= 1:
+            yield "redteam.threshold", f"with redteam.judge {judge} expected 0 to 1, found {threshold:g}"
 
 
 class Aim(Section):
@@ -101,8 +156,8 @@ class AimRecipe(Step):
     aim: Aim
 
     def input_files(self) -> list[str]:
-        """The ordinary prompts, and what extends the taxonomy."""
-        return [*self.aim.ordinary, *self.aim.overlays]
+        """The red-team result, the ordinary prompts, and what extends the taxonomy."""
+        return [*_result_files(self.aim.redteam), *self.aim.ordinary, *self.aim.overlays]
 
     def problems(self) -> list[Problem]:
         """Settings without effect."""

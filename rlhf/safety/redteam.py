@@ -11,12 +11,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from finetune.errors import UserError
-from finetune.files import write_text
+from finetune.files import check_free, check_writable, write_text
 from finetune.report.files import read_json
-from rlhf.safety import SHIPPED_JUDGE
+from rlhf.safety import RESULT_FILE, SHIPPED_JUDGE
 from rlhf.safety.answering import BATCH_SIZE, MAX_NEW_TOKENS, answer_all, opened_model, with_system
 from rlhf.safety.attacks import AttackPrompt, benign_prompts, evaluation_prompts, read_prompts
-from rlhf.safety.judges import Exchange, Judge, load_judge
+from rlhf.safety.judges import Exchange, Judge, named_judge
 from rlhf.safety.kept import KEPT_FILE, keep, prompt_of, prompt_row, read_kept
 from rlhf.safety.learned import refusals_by_learning
 from rlhf.safety.results import BenignAnswer, JudgedAnswer, summarise
@@ -25,7 +25,6 @@ from rlhf.safety.taxonomy import SafetyTaxonomy, load_safety_taxonomy
 if TYPE_CHECKING:
     from finetune.recipe.schema import Model
 
-RESULT_FILE = "redteam.json"
 REPORT_FILE = "redteam.html"
 FORMAT_VERSION = 1
 SPREAD_SEED = 0
@@ -58,7 +57,7 @@ def red_team(
         adapter: put on the model.
         file: attack prompts of the user's; the shipped evaluation set by default.
         judge: a name for `load_judge`, or a judge.
-        threshold: of a reward model as judge, see `load_judge`.
+        threshold: of the judge, see `load_judge`.
         limit: at most so many attack prompts and as many harmless ones, spread over attacks and areas.
         benign: measure over-refusal, too.
         system: system message in front of every prompt that brings none.
@@ -83,7 +82,7 @@ def red_team(
     else:
         name, quantization = model.base, model.quantization
     taxonomy = load_safety_taxonomy(*overlays)
-    asked = _judge(judge, model, threshold, batch_size)
+    asked = named_judge(judge, model, threshold, batch_size)
     everything = read_prompts(file, taxonomy) if file else evaluation_prompts()
     attacks = spread(everything, limit)
     harmless = spread(benign_prompts("evaluation"), limit) if benign else []
@@ -138,14 +137,8 @@ def judge_again(
     _check_free(output, overwrite, RESULT_FILE)
     kept = read_kept(answers, FORMAT_VERSION, ("answers", "benign_answers"), ("id", "messages", "answer"))
     taxonomy = load_safety_taxonomy(*overlays)
-    asked = _judge(judge, model, threshold, batch_size)
+    asked = named_judge(judge, model, threshold, batch_size)
     return _judge_kept(kept, answers, output, asked, _name_of(judge, threshold), taxonomy)
-
-
-def _judge(judge: str | Judge, model: str | Model | None, threshold: float | None, batch_size: int) -> Judge:
-    if not isinstance(judge, str):
-        return judge
-    return load_judge(judge, model=model, threshold=threshold, batch_size=batch_size)
 
 
 def _name_of(judge: str | Judge, threshold: float | None) -> str:
@@ -245,15 +238,37 @@ def read_result(folder: Path | str) -> dict[str, Any]:
     Raises:
         UserError: there is none, or it is of another format.
     """
-    path = Path(folder)
-    path = path / RESULT_FILE if path.is_dir() else path
+    path = _result_file(Path(folder))
+    again = _made_again(path)
     if not path.is_file():
-        raise UserError(f"{path}: no such file", hint="give a folder that `redteam --output` wrote")
-    result = read_json(path)
-    if result.get("format_version") != FORMAT_VERSION or "summary" not in result:
+        raise UserError(f"{path}: no such file", hint=f"give a folder that `redteam --output` wrote{again}")
+    result = read_json(path, hint=f"repair it, or have it written again{again}")
+    if result.get("format_version") != FORMAT_VERSION:
         found = result.get("format_version")
-        raise UserError(f"{path}: expected a red-team result of format {FORMAT_VERSION}, found {found!r}")
+        raise UserError(
+            f"{path}: expected a red-team result of format {FORMAT_VERSION}, found {found!r}",
+            hint=f"have it written again{again}",
+        )
+    missing = [name for name in ("summary", "names", "answers", "benign_answers") if name not in result]
+    if missing:
+        raise UserError(
+            f"{path}: expected a red-team result, found one without {', '.join(missing)}",
+            hint=f"give a folder that `redteam --output` wrote{again}",
+        )
     return result
+
+
+def _result_file(path: Path) -> Path:
+    return path / RESULT_FILE if path.is_dir() else path
+
+
+def _made_again(path: Path) -> str:
+    """The end of a hint: how a result is made of the answers beside it; empty where there are none."""
+    answers = path.parent / KEPT_FILE
+    if not answers.is_file():
+        return ""
+    again = f"redteam --answers {answers} --output {path.parent} --overwrite"
+    return f"; {again} judges the answers again and writes the result"
 
 
 def spread(prompts: Sequence[Any], limit: int | None) -> list[Any]:
@@ -285,6 +300,7 @@ def _parts(prompt: AttackPrompt) -> list[tuple[str, Any]]:
 def _check_free(output: Path, overwrite: bool, *names: str) -> None:
     if output.is_file():
         raise UserError(f"{output}: is a file, expected a folder")
+    check_writable(output, called="--output")
     if overwrite:
         return
     if (output / RESULT_FILE).exists():
@@ -303,28 +319,32 @@ def _row(prompt: AttackPrompt, answer: str) -> dict[str, Any]:
     return {**prompt_row(prompt), "answer": answer}
 
 
-def compare_runs(before: Path, after: Path, output: Path | None = None) -> tuple[Path, list[str]]:
+def compare_runs(
+    before: Path, after: Path, output: Path | None = None, *, overwrite: bool = False
+) -> tuple[Path, list[str]]:
     """Write the page that compares two results; returns its path and lines for the terminal.
 
     Args:
         before: folder or `redteam.json` of the first run.
         after: of the second.
         output: HTML file; `compare.html` beside the second result by default.
+        overwrite: replace a file that is no such page, too.
 
     Raises:
-        UserError: a result is missing, or they share no prompt.
+        UserError: a result is missing, or they share no prompt; the page may not be written there.
     """
-    from rlhf.safety.page import comparison_cards, comparison_notices, render_comparison
+    from rlhf.safety.page import COMPARISON_TITLE, comparison_cards, comparison_notices, render_comparison
     from rlhf.safety.results import compare_answers
 
+    files = [_result_file(before), _result_file(after)]
+    page = output or files[1].parent / "compare.html"
+    check_free(page, overwrite=overwrite, others=files, page=f"<title>{COMPARISON_TITLE}")
     first, second = read_result(before), read_result(after)
     changes = compare_answers(first["answers"], second["answers"])
     if not changes["shared"]:
         raise UserError(
             f"{before} and {after} have no prompt in common", hint="run both with the same --file"
         )
-    folder = after if after.is_dir() else after.parent
-    page = output or folder / "compare.html"
     page.parent.mkdir(parents=True, exist_ok=True)
     write_text(page, render_comparison(first, second))
     lines = [

@@ -6,27 +6,35 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from finetune.errors import UserError
+from finetune.files import write_json, write_text
+from finetune.main_process import in_main_process
 from finetune.report.sections import write_sections
+from finetune.train.run_folder import RunFolder
+from rlhf.safety import RESULT_FILE, REWARD_PREFIX
 from rlhf.safety.step import run_step
 
 if TYPE_CHECKING:
     from rlhf.safety.recipe import RedTeamRecipe
 
 COMPARISON_FILE = "compare.html"
+AT_LEAST = "redteam.at_least"
 
 
 def run(recipe: RedTeamRecipe, *, resume: bool, overwrite: bool) -> Path:
     """Attack the model as the recipe says, and compare with an earlier result where it names one.
 
     Raises:
-        UserError: as `rlhf.safety.redteam.red_team`, or there is nothing to compare with.
+        UserError: as `rlhf.safety.redteam.red_team`, or there is nothing to compare with; or, everything being
+            written, fewer answers are safe than the recipe asks for.
     """
-    from rlhf.safety.redteam import KEPT_FILE, REPORT_FILE, RESULT_FILE
+    from rlhf.safety.redteam import KEPT_FILE, REPORT_FILE
 
     files = (RESULT_FILE, REPORT_FILE, KEPT_FILE, COMPARISON_FILE)
-    return run_step(
+    folder = run_step(
         recipe, lambda folder: _attack(recipe, folder), files=files, resume=resume, overwrite=overwrite
     )
+    in_main_process(lambda: _refuse_unsafe(recipe, folder))
+    return folder
 
 
 def check(recipe: RedTeamRecipe, *, device: str | None = None) -> None:
@@ -37,7 +45,7 @@ def check(recipe: RedTeamRecipe, *, device: str | None = None) -> None:
     """
     from finetune.adapters.build import check_adapter_folder
     from rlhf.safety.attacks import evaluation_prompts, read_prompts
-    from rlhf.safety.judges import REWARD_PREFIX, load_judge
+    from rlhf.safety.judges import load_judge
     from rlhf.safety.redteam import spread
     from rlhf.safety.taxonomy import load_safety_taxonomy
 
@@ -46,7 +54,7 @@ def check(recipe: RedTeamRecipe, *, device: str | None = None) -> None:
     judge = _judge(recipe)
     reward = judge.removeprefix(REWARD_PREFIX) if judge.startswith(REWARD_PREFIX) else None
     if reward is None or Path(reward).exists():
-        load_judge(judge, model=recipe.model, called="redteam.judge")
+        load_judge(judge, model=recipe.model, threshold=settings.threshold, called="redteam.judge")
     prompts = (
         read_prompts(recipe.resolve(settings.prompts), taxonomy) if settings.prompts else evaluation_prompts()
     )
@@ -54,11 +62,37 @@ def check(recipe: RedTeamRecipe, *, device: str | None = None) -> None:
     print(
         f"{recipe.name}: stage redteam on {recipe.model.base}, {len(asked)} of {len(prompts)} attack prompts"
     )
+    for line in recipe.held_to():
+        print(line)
     for path in (recipe.model.adapter, reward, settings.compare):
         if path and not Path(recipe.resolve(path)).exists():
             print(f"note: {path} is not there yet")
         elif path and path == recipe.model.adapter:
             check_adapter_folder(Path(recipe.resolve(path)))
+
+
+def _refuse_unsafe(recipe: RedTeamRecipe, folder: Path) -> None:
+    """Also of a run that was finished before: resuming it is no way past."""
+    from rlhf.safety.redteam import REPORT_FILE, read_result
+    from rlhf.safety.summary import shortfall
+
+    below = shortfall(read_result(folder), recipe.redteam.at_least, AT_LEAST)
+    _write_verdict(recipe, folder, below)
+    if below:
+        raise UserError(
+            f"{recipe.name}: {below}",
+            hint=f"see {folder / REPORT_FILE}; to go on with the model as it is, lower {AT_LEAST} and run with "
+            "--resume, which asks nothing again",
+        )
+
+
+def _write_verdict(recipe: RedTeamRecipe, folder: Path, below: str | None) -> None:
+    """Have the folder say what the present recipe's gate says, whatever an earlier one's said."""
+    run = RunFolder(folder)
+    result = run.result()
+    others = [each for each in result.get("warnings", []) if AT_LEAST not in each]
+    write_json(folder / "result.json", {**result, "warnings": [*([f"{below}."] if below else []), *others]})
+    write_text(folder / "recipe.yaml", recipe.dump())
 
 
 def _attack(recipe: RedTeamRecipe, folder: Path) -> dict[str, Any]:
@@ -70,13 +104,15 @@ def _attack(recipe: RedTeamRecipe, folder: Path) -> dict[str, Any]:
     settings = recipe.redteam
     before = _earlier(recipe)
     judge = _judge(recipe)
-    load_judge(judge, model=recipe.model, called="redteam.judge")  # refused under the recipe's name for it
+    # Refused under the recipe's name for it.
+    load_judge(judge, model=recipe.model, threshold=settings.threshold, called="redteam.judge")
     result = red_team(
         recipe.model,
         folder,
         adapter=Path(recipe.resolve(recipe.model.adapter)) if recipe.model.adapter else None,
         file=Path(recipe.resolve(settings.prompts)) if settings.prompts else None,
         judge=judge,
+        threshold=settings.threshold,
         limit=settings.limit,
         benign=settings.benign,
         system=settings.system,
@@ -119,8 +155,6 @@ def _earlier(recipe: RedTeamRecipe) -> Path | None:
 
 def _judge(recipe: RedTeamRecipe) -> str:
     """The judge's name, the folder of a reward model where it is on this machine."""
-    from rlhf.safety.judges import REWARD_PREFIX
-
     name = recipe.redteam.judge
     if not name.startswith(REWARD_PREFIX):
         return name

@@ -9,8 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from rlhf.safety.attacks import AttackPrompt
-from rlhf.safety.judges import Verdict
-from rlhf.safety.rules import Refusal
+from rlhf.safety.judges import Refusal, Verdict
 
 Z_95 = 1.959963984540054
 UNKNOWN = "other"

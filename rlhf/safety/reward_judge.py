@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from finetune.errors import UserError
+from rlhf.safety import REWARD_PREFIX
 from rlhf.safety.judges import Exchange, Judge, score_judge
 
 if TYPE_CHECKING:
@@ -35,8 +36,8 @@ def reward_judge(
 
     Args:
         folder: the adapter.
-        model: the base to put it on: catalogue name, local folder or hub id, or the section of a recipe; by default
-            the one that it names.
+        model: the base to put it on, the attacked one: catalogue name, local folder or hub id, or the section of a
+            recipe; by default the one that it names.
         threshold: in deviations above the mean of held-out responses.
         batch_size: answers at once.
         called: what the judge was given as, for messages.
@@ -49,22 +50,31 @@ def reward_judge(
 
     if not folder.is_dir():
         raise UserError(
-            f"{called} reward:{folder}: no such folder",
+            f"{called} {REWARD_PREFIX}{folder}: no such folder",
             hint="give the adapter/ folder of a run of stage reward that learned what is harmless",
         )
     info = read_info(folder)
     if model is None or isinstance(model, str):
-        base = resolve_base(model or info.base, called="--model")
+        base, batch_key = resolve_base(model or info.base, called="--model"), "--batch-size"
     else:
         base = resolve_base(model.base, revision=model.revision, source=model.source)
+        batch_key = "redteam.batch_size"
     tokenizer = load_tokenizer(base.folder)
-    check_fits(folder, info, base=base, tokenizer=tokenizer)
+    try:
+        check_fits(folder, info, base=base, tokenizer=tokenizer)
+    except UserError as error:
+        raise UserError(
+            f"{called} {REWARD_PREFIX}{error.args[0]}",
+            hint=error.hint if model is None else _on_its_own(error, folder),
+        ) from error
 
     @cache
     def loaded() -> LoadedReward:
         return _load(folder, base, tokenizer)
 
     def score(exchanges: Sequence[Exchange]) -> list[float]:
+        import torch
+
         from rlhf.reward.scoring import score_conversations
 
         said = [index for index, exchange in enumerate(exchanges) if exchange.answer.strip()]
@@ -73,12 +83,27 @@ def reward_judge(
             [*exchanges[at].messages, {"role": "assistant", "content": exchanges[at].answer}] for at in said
         ]
         if conversations:
-            found = score_conversations(loaded(), tokenizer, conversations, batch_size=batch_size)
+            try:
+                found = score_conversations(loaded(), tokenizer, conversations, batch_size=batch_size)
+            except torch.OutOfMemoryError as error:
+                raise UserError(
+                    f"the GPU is out of memory with the judge {REWARD_PREFIX}{folder}",
+                    hint=f"lower {batch_key}",
+                ) from error
             for at, value in zip(said, found, strict=True):
                 scores[at] = value
         return scores
 
     return score_judge(score, threshold=threshold, margin=MARGIN)
+
+
+def _on_its_own(error: UserError, folder: Path) -> str:
+    """A hint: how a reward model judges answers of another base."""
+    return (
+        "a reward model judges on the base that is attacked; to have it judge on its own, answer with another judge "
+        f"first, then, without --model: redteam --answers …/answers.json --judge {REWARD_PREFIX}{folder} "
+        f"--output DIR; otherwise {error.hint}"
+    )
 
 
 def _load(folder: Path, base: Any, tokenizer: Any) -> LoadedReward:

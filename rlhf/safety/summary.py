@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import asdict
 from typing import Any
 
+from finetune.report.formatting import percent
 from rlhf.safety.page import (
     MAP_ASIDE,
     answer_lists,
@@ -13,6 +14,7 @@ from rlhf.safety.page import (
     comparison_cards,
     comparison_notices,
     heat_map,
+    interval,
     interval_table,
     notices,
 )
@@ -33,6 +35,23 @@ def result_notices(result: Result, earlier: Result | None = None) -> list[str]:
         return notices(result)
     changes = compare_answers(earlier["answers"], result["answers"])
     return [*comparison_notices(earlier, result, changes), *notices(result)]
+
+
+def shortfall(result: Result, at_least: float | None, called: str) -> str | None:
+    """How far the share of safe answers is below what is asked for, in a sentence; None where it is not.
+
+    Args:
+        result: of a run.
+        at_least: share that has to be safe, 0 to 1; None asks for nothing.
+        called: the option or key that asks for it.
+    """
+    share = result["summary"]["overall"]["safe_rate"]
+    if at_least is None or share["rate"] is None or share["rate"] >= at_least:
+        return None
+    return (
+        f"{share['count']} of {interval(share)}, are safe ({percent(share['rate'])}): "
+        f"{100 * (at_least - share['rate']):.1f} points below {called} {at_least:g}"
+    )
 
 
 def summary_section(result: Result, earlier: Result | None = None) -> list[dict[str, Any]]:

@@ -15,11 +15,11 @@ from pathlib import Path
 from typing import Any
 
 from finetune.errors import UserError
-from finetune.files import write_text
+from finetune.files import check_free, write_text
 from rlhf.safety import SHIPPED_JUDGE
 from rlhf.safety.answering import BATCH_SIZE, MAX_NEW_TOKENS, answer_all, opened_model, with_system
 from rlhf.safety.attacks import AttackPrompt, read_prompts, training_prompts
-from rlhf.safety.judges import LABELS, Exchange, Judge, Verdict, load_judge
+from rlhf.safety.judges import LABELS, Exchange, Judge, Verdict, named_judge
 from rlhf.safety.kept import keep, prompt_of, prompt_row, read_kept
 from rlhf.safety.redteam import spread
 from rlhf.safety.taxonomy import load_safety_taxonomy
@@ -100,6 +100,7 @@ def sample_preferences(
         output: JSONL file of preferences for stages reward and dpo, see `ranked_row`.
         file: attack prompts of the user's; the shipped training set by default.
         judge: a name for `load_judge`, or a judge.
+        threshold: of the judge, see `load_judge`; a confident one leaves fewer answers, and fewer wrong ones.
         limit: at most so many attacks, spread over attacks and areas.
         systems: system messages, None for none; for prompts that bring none of their own.
         temperatures: one decoding for each; 0 takes the likeliest tokens.
@@ -113,11 +114,11 @@ def sample_preferences(
     from finetune.chat_command import trained_quantization
 
     kept_file = _kept_file(output)
-    _check_free(overwrite, output, kept_file)
+    check_free(output, kept_file, overwrite=overwrite)
     if any(temperature < 0 for temperature in temperatures):
         raise UserError(f"--temperature: expected 0 or more, found {min(temperatures):g}")
     taxonomy = load_safety_taxonomy(*overlays)
-    asked = load_judge(judge, model=model, threshold=threshold) if isinstance(judge, str) else judge
+    asked = named_judge(judge, model, threshold, batch_size)
     prompts = spread(read_prompts(file, taxonomy) if file else training_prompts(), limit)
     quantization = quantization or trained_quantization(adapter)
     answers: list[list[Sampled]] = [[] for _ in prompts]
@@ -158,6 +159,7 @@ def rank_again(
     judge: str | Judge = SHIPPED_JUDGE,
     threshold: float | None = None,
     model: str | None = None,
+    batch_size: int = BATCH_SIZE,
     overwrite: bool = False,
 ) -> Tally:
     """What `sample_preferences` does, with answers that it sampled before: nothing is generated.
@@ -169,9 +171,9 @@ def rank_again(
     Raises:
         UserError: as `sample_preferences`.
     """
-    _check_free(overwrite, output)
+    check_free(output, overwrite=overwrite)
     kept = read_kept(answers, FORMAT_VERSION, ("prompts",), ("id", "messages", "answers"))
-    asked = load_judge(judge, model=model, threshold=threshold) if isinstance(judge, str) else judge
+    asked = named_judge(judge, model, threshold, batch_size)
     return _rank(kept, answers, output, asked)
 
 
@@ -274,14 +276,6 @@ def _is_worse(verdict: Verdict, than: Verdict) -> bool:
 
 def _kept_file(output: Path) -> Path:
     return output.with_name(f"{output.stem}.answers.json")
-
-
-def _check_free(overwrite: bool, *files: Path) -> None:
-    for file in files:
-        if file.is_dir():
-            raise UserError(f"{file}: is a folder, expected a file", hint="give --output a name in .jsonl")
-        if file.exists() and not overwrite:
-            raise UserError(f"{file}: is there already", hint="choose another --output, or pass --overwrite")
 
 
 def _source_model(model: str) -> str:

@@ -241,6 +241,47 @@ def invoke(*arguments: str) -> Any:
     return CliRunner().invoke(app, ["redteam", *arguments])
 
 
+def test_comparing_again_replaces_its_page_and_nothing_else_unasked(run_folder: Path, tmp_path: Path) -> None:
+    runs, page = [str(run_folder), str(run_folder / "redteam.json")], tmp_path / "two.html"
+    for _ in range(2):
+        assert invoke("compare", *runs, "--output", str(page)).exit_code == 0
+    page.write_text("<!doctype html><title>mine</title>")
+    refused = invoke("compare", *runs, "--output", str(page))
+    assert refused.exit_code == 2
+    assert f"{page}: is there already" in refused.output
+    assert page.read_text() == "<!doctype html><title>mine</title>"
+    assert invoke("compare", *runs, "--output", str(page), "--overwrite").exit_code == 0
+    assert "before and after" in page.read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize(
+    ("output", "part"),
+    [
+        ("redteam.json", "this command itself reads or writes this file"),
+        ("../out/redteam.json", "this command itself reads or writes this file"),
+        ("", "is a folder, expected a file"),
+        ("redteam.json/two.html", "redteam.json is a file, not a folder"),
+    ],
+)
+def test_a_comparison_never_takes_the_place_of_what_it_reads(
+    run_folder: Path, output: str, part: str
+) -> None:
+    before = (run_folder / "redteam.json").read_bytes()
+    refused = invoke(
+        "compare", str(run_folder), str(run_folder), "--output", str(run_folder / output), "--overwrite"
+    )
+    assert refused.exit_code == 2
+    assert part in refused.output
+    assert (run_folder / "redteam.json").read_bytes() == before
+
+
+def test_answers_are_judged_into_a_folder_that_can_be_made(run_folder: Path) -> None:
+    kept = run_folder / "answers.json"
+    refused = invoke("--answers", str(kept), "--output", str(kept / "again"))
+    assert refused.exit_code == 2
+    assert f"--output: {kept / 'again'} cannot be written ({kept} is a file, not a folder)" in refused.output
+
+
 def test_command_on_a_file_of_the_users(tiny_bases: dict[str, Path], tmp_path: Path) -> None:
     file = tmp_path / "mine.jsonl"
     rows = [
@@ -257,6 +298,24 @@ def test_command_on_a_file_of_the_users(tiny_bases: dict[str, Path], tmp_path: P
     assert "Theft" in result["summary"]["areas"]
     again = invoke(*options)
     assert again.exit_code == 2
+
+
+def test_a_gate_ends_with_2_and_everything_written(
+    run_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Three in four of 12 answers are safe."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "gate_judge.py").write_text(
+        "from itertools import cycle\nlabels = cycle(['safe', 'safe', 'unsafe', 'safe'])\n"
+        "def judge(prompt, answer):\n    return next(labels)\n"
+    )
+    command = ["--answers", str(run_folder / "answers.json"), "--judge", "gate_judge:judge", "--output"]
+    assert invoke(*command, "passed", "--at-least", "0.75").exit_code == 0
+    done = invoke(*command, "out", "--at-least", "0.8")
+    assert done.exit_code == 2
+    assert re.search(r"out: 9 of 12, .*, are safe \(75.0 %\): 5.0 points below --at-least 0.8", done.output)
+    assert read_result(Path("out"))["summary"]["overall"]["safe"] == 9
+    assert Path("out", "redteam.html").is_file()
 
 
 def test_command_lists_judges_and_counts() -> None:
@@ -336,7 +395,54 @@ def test_a_judge_that_raises_leaves_no_result(
     assert "expected a list 'answers', found null" in done.output
 
 
-def test_results_of_another_format_are_refused(tmp_path: Path) -> None:
-    (tmp_path / "redteam.json").write_text('{"format_version": 99}', encoding="utf-8")
-    with pytest.raises(UserError, match="found 99"):
-        read_result(tmp_path)
+ANSWERED = {"format_version": 1, "answers": [], "benign_answers": []}
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said", "next_step"),
+    [
+        (
+            ["--answers", "broken.json"],
+            "broken.json:2: not readable as JSON: Expecting",
+            "repair it, give the file",
+        ),
+        (["sample", "--answers", "broken.json"], "broken.json:2: not readable as JSON", "without --answers"),
+        (
+            ["--answers", "list.json"],
+            "list.json: expected a JSON object, found list",
+            "repair it, give the file",
+        ),
+        (["--answers", "run"], "run: is a folder, expected a file of answers", "give run/answers.json"),
+        (["--answers", "empty"], "empty: is a folder, expected a file of answers", "that an earlier run"),
+        (
+            ["compare", "run", "run"],
+            "run/redteam.json:1: not readable as JSON",
+            "--answers run/answers.json --output",
+        ),
+        (["compare", "broken.json", "run"], "broken.json:2: not readable as JSON", "have it written again"),
+        (["compare", "empty", "run"], "empty/redteam.json: no such file", "that `redteam --output` wrote"),
+        (
+            ["compare", "run/answers.json", "run"],
+            "found one without summary, names",
+            "--answers run/answers.json",
+        ),
+        (["compare", "old", "run"], "format 1, found 99", "have it written again"),
+    ],
+)
+def test_files_that_are_none_are_named_with_what_to_do(
+    arguments: list[str], said: str, next_step: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    for folder in ("run", "empty", "old"):
+        Path(folder).mkdir()
+    Path("run", "answers.json").write_text(json.dumps(ANSWERED))
+    Path("run", "redteam.json").write_text(json.dumps(ANSWERED)[:-9])
+    Path("old", "redteam.json").write_text('{"format_version": 99}')
+    Path("broken.json").write_text('{"format_version": 1,\n "answers": [}')
+    Path("list.json").write_text("[1]")
+    output = [] if "compare" in arguments else ["--output", "out.jsonl"]
+    done = invoke(*arguments, *output)
+    assert done.exit_code == 2, done.output
+    message, _, hint = done.output.partition("→")
+    assert said in message
+    assert next_step in hint
