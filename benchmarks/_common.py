@@ -112,7 +112,7 @@ def in_fresh_process(script: str, arguments: list[str], *, timeout: float | None
     """Run a benchmark in a process of its own, so that no other one's memory counts; its last line is JSON.
 
     Returns:
-        The JSON, or {"error": ...} with the end of what it said.
+        The JSON, or {"error": its last line, "said": the end of all it said}.
     """
     command = [sys.executable, script, *arguments]
     try:
@@ -121,7 +121,9 @@ def in_fresh_process(script: str, arguments: list[str], *, timeout: float | None
         return {"error": f"not finished after {timeout:.0f} s"}
     lines = done.stdout.strip().splitlines()
     if done.returncode or not lines:
-        return {"error": (done.stderr.strip().splitlines() or [f"exit code {done.returncode}"])[-1][:300]}
+        said = done.stderr.strip()
+        last = (said.splitlines() or [f"exit code {done.returncode}"])[-1]
+        return {"error": last[:300], "said": said[-3000:]}
     try:
         return json.loads(lines[-1])
     except ValueError:

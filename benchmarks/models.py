@@ -105,8 +105,6 @@ def _put_quantised_layers(model: Any, quantization: str, dtype: torch.dtype) -> 
 @torch.no_grad()
 def _fill(model: Any, device: torch.device, dtype: torch.dtype) -> None:
     """Give every parameter random values, and every buffer what it would have after loading."""
-    import bitsandbytes as bnb
-
     generator = torch.Generator(device).manual_seed(0)
 
     def random(shape: torch.Size) -> torch.Tensor:
@@ -114,14 +112,9 @@ def _fill(model: Any, device: torch.device, dtype: torch.dtype) -> None:
 
     for module in model.modules():
         for name, parameter in list(module.named_parameters(recurse=False)):
-            if isinstance(module, bnb.nn.Linear4bit):
-                kept = {"requires_grad": False, "quant_type": "nf4", "compress_statistics": True}
+            if type(module).__module__.startswith("bitsandbytes"):
                 shape = torch.Size((module.out_features, module.in_features))
-                module.weight = bnb.nn.Params4bit(random(shape), module=module, **kept)._quantize(device)
-            elif isinstance(module, bnb.nn.Linear8bitLt):
-                module.weight = bnb.nn.Int8Params(
-                    random(parameter.shape), requires_grad=False, has_fp16_weights=False
-                )._quantize(device)
+                module.weight = _quantised(random(shape), module, device)
             elif parameter.ndim == 1:
                 setattr(module, name, nn.Parameter(torch.ones(parameter.shape, device=device, dtype=dtype)))
             else:
@@ -134,6 +127,16 @@ def _fill(model: Any, device: torch.device, dtype: torch.dtype) -> None:
         if list(module.named_buffers(recurse=False)):
             module._is_hf_initialized = False
             model._init_weights(module)
+
+
+def _quantised(weight: torch.Tensor, module: Any, device: torch.device) -> Any:
+    """A matrix as bitsandbytes holds it after loading, for one of its layers."""
+    import bitsandbytes as bnb
+
+    if isinstance(module, bnb.nn.Linear4bit):
+        kept = {"requires_grad": False, "quant_type": "nf4", "compress_statistics": True}
+        return bnb.nn.Params4bit(weight, module=module, **kept)._quantize(device)
+    return bnb.nn.Int8Params(weight, requires_grad=False, has_fp16_weights=False)._quantize(device)
 
 
 class NaiveMask:

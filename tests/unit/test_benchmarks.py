@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import subprocess
 import sys
 from pathlib import Path
@@ -31,7 +32,7 @@ def test_naive_model_computes_the_same_with_one_mask(monkeypatch: pytest.MonkeyP
     assert len([args for args in made if args[0].ndim == 3]) == 1
 
 
-@pytest.mark.parametrize("name", ["train_step", "ppo_step", "merge_memory", "attention", "loss"])
+@pytest.mark.parametrize("name", ["train_step", "ppo_step", "merge_memory", "attention", "loss", "matmul"])
 def test_benchmarks_find_the_package(tmp_path: Path, name: str) -> None:
     """From any folder, as `python benchmarks/NAME.py`: without an installed package, without PYTHONPATH."""
     code = f"import sys; sys.path.insert(0, {str(BENCHMARKS)!r}); import {name}; import finetune"
@@ -39,6 +40,17 @@ def test_benchmarks_find_the_package(tmp_path: Path, name: str) -> None:
         [sys.executable, "-E", "-c", code], cwd=tmp_path, capture_output=True, text=True, check=False
     )
     assert done.returncode == 0, done.stderr
+
+
+def test_the_better_of_two_rounds_is_one_row(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(BENCHMARKS)
+    import suites
+
+    kept = {"predicted_peak_bytes": 100}
+    first = {"seconds_per_step": 2.0, "peak_bytes": 125, "predicted_over_measured": 0.8, **kept}
+    second = {"seconds_per_step": 1.0, "peak_bytes": 80, "predicted_over_measured": 1.25, **kept}
+    found = suites.better(first, second)
+    assert found == {"seconds_per_step": 1.0, "peak_bytes": 125, "predicted_over_measured": 0.8, **kept}
 
 
 @pytest.mark.parametrize("encoding", ["rope", "alibi"])
@@ -115,3 +127,62 @@ def test_a_failing_row_takes_no_other_with_it(
     met = {ratio["what"]: ratio["met"] for ratio in kept[-1]["ratios"]}
     assert met["7B LoRA against stock Llama at its best"]  # one of the peers ran
     assert not met["13B against the original code"]
+
+
+@pytest.mark.parametrize("who", ["ours", "llama", "plain", "naive"])
+def test_trainers_take_one_gpu(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, who: str) -> None:
+    """Of several, over which transformers would split a batch; and ours refuses bad numbers as a run does."""
+    monkeypatch.syspath_prepend(BENCHMARKS)
+    import models
+    import train_step
+    from transformers import TrainingArguments
+
+    set_up = TrainingArguments.__dict__["_setup_devices"].func
+
+    def four_gpus(self: TrainingArguments) -> torch.device:
+        device = set_up(self)
+        self._n_gpu = 4
+        return device
+
+    counted_once = functools.cached_property(four_gpus)
+    counted_once.__set_name__(TrainingArguments, "_setup_devices")
+    monkeypatch.setattr(TrainingArguments, "_setup_devices", counted_once)
+    monkeypatch.setattr(models, "VOCAB", 300)
+    small = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 2}
+    monkeypatch.setitem(models.SHAPES, "nano", small)
+    monkeypatch.setattr(sys, "argv", ["train_step.py", "--who", who, "--shape", "nano", "--seq", "16"])
+    arguments = train_step.parse()
+    config = models.config_of("nano", "rope", 16)
+    make = models.random_llama if who in ("llama", "plain") else models.random_model
+    model = make(config, torch.device("cpu"), torch.float32)
+    trainer, _ = train_step.BUILDERS[who](arguments, model, config, tmp_path)
+    assert trainer.args.n_gpu == 1
+    guarded = any(
+        type(callback).__name__ == "FiniteCallback" for callback in trainer.callback_handler.callbacks
+    )
+    assert guarded == (who == "ours")
+
+
+def test_a_failing_row_says_why(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """All of it: a machine with a GPU may not be there a second time."""
+    monkeypatch.syspath_prepend(BENCHMARKS)
+    from _common import in_fresh_process
+
+    script = tmp_path / "row.py"
+    script.write_text("def product():\n    raise RuntimeError('no kernel\\nhint')\nproduct()\n")
+    row = in_fresh_process(str(script), [])
+    assert row["error"] == "hint"
+    assert "in product" in row["said"]
+    assert "no kernel" in row["said"]
+
+
+def test_without_quantisation_nobody_asks_for_bitsandbytes(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(BENCHMARKS)
+    import models
+
+    monkeypatch.setitem(sys.modules, "bitsandbytes", None)
+    monkeypatch.setattr(models, "VOCAB", 300)
+    config = models.config_of("cpu", "alibi", 16)
+    config.num_hidden_layers = 1
+    model = models.random_model(config, torch.device("cpu"), torch.float32)
+    assert not any(parameter.is_meta for parameter in [*model.parameters(), *model.buffers()])
