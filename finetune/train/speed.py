@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from finetune.baichuan.cpu_matmul import MIN_HIDDEN_SIZE
+
 if TYPE_CHECKING:
     from finetune.data import PreparedData
     from finetune.recipe.schema import Recipe
@@ -11,6 +13,9 @@ if TYPE_CHECKING:
 
 SHARE_OF_PEAK = {"cuda": 0.5, "cpu": 0.7}
 """Of the matrix products' peak, what a whole step reaches. CPU: benchmarks/train_step.py; CUDA: the target there."""
+
+NARROW_SHARE = 0.4
+"""The same of a CPU where the model is narrow, as the nano is: what is no product weighs more (`make quickstart`)."""
 
 QUANTIZED_SPEED = {"none": 1.0, "int8": 0.6, "nf4": 0.75}
 """Unpacking the weights takes time: speed against 16-bit weights."""
@@ -92,7 +97,10 @@ def predict_seconds(
     flops = step_flops(
         recipe, config, tokens=tokens, document=document, supervised=supervised, references=references
     )
-    return seconds_per_step(flops, recipe, device)
+    seconds = seconds_per_step(flops, recipe, device)
+    if seconds is not None and device.kind == "cpu" and config["hidden_size"] < MIN_HIDDEN_SIZE:
+        seconds *= SHARE_OF_PEAK["cpu"] / NARROW_SHARE
+    return seconds
 
 
 def seconds_on_this_machine(recipe: Recipe, config: dict[str, Any], data: PreparedData) -> float | None:

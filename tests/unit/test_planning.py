@@ -223,6 +223,10 @@ def test_a_step_of_full_rows_where_there_is_no_data() -> None:
     card = parse_device("A100")
     assert predict_seconds(made, CONFIG_7B, card) == seconds_per_step(flops, made, card)
     assert predict_seconds(made, CONFIG_7B, parse_device("24GiB")) is None
+    cpu = Device("a CPU", 2**34, 1e11, "cpu")
+    narrow, wide = (predict_seconds(made, {**CONFIG_7B, "hidden_size": size}, cpu) for size in (511, 512))
+    assert narrow is not None
+    assert narrow > 1.5 * wide, "what is no product weighs more"
     pairs = predict_seconds(made, CONFIG_7B, card, sequences=2, references=1)
     assert pairs is not None
     assert (
